@@ -1,5 +1,6 @@
 """Argument checks that name the op, the argument, what was expected and what came."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,3 +47,53 @@ def check_last_dim_contiguous(op: str, name: str, x: torch.Tensor) -> None:
 def check_positive(op: str, name: str, value: float) -> None:
     if not value > 0.0 or value == float("inf"):
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+
+
+def check_rows(
+    op: str,
+    rows: torch.Tensor,
+    rows_name: str,
+    target_ids: torch.Tensor,
+    temperature: float | torch.Tensor,
+    row_mask: torch.Tensor | None,
+    sizes: dict[str, int],
+) -> None:
+    """The arguments that every row op has: ``[T]`` targets, an optional ``[T]`` mask, a float or ``[T]`` temperature."""
+    check_shape(op, "target_ids", target_ids, "T", sizes)
+    check_dtype(op, "target_ids", target_ids, (torch.int64,))
+    check_device(op, "target_ids", target_ids, rows, rows_name)
+    if row_mask is not None:
+        check_shape(op, "row_mask", row_mask, "T", sizes)
+        check_dtype(op, "row_mask", row_mask, (torch.bool,))
+        check_device(op, "row_mask", row_mask, rows, rows_name)
+    if isinstance(temperature, torch.Tensor):
+        check_shape(op, "temperature", temperature, "T", sizes)
+        check_device(op, "temperature", temperature, rows, rows_name)
+        if temperature.requires_grad:
+            raise ValueError(f"{op}: temperature has no gradient here; pass temperature.detach()")
+
+
+def check_scalars(
+    op: str, temperature: float | torch.Tensor, softcap: float | None, logit_scale: float
+) -> None:
+    if not isinstance(temperature, torch.Tensor):
+        check_positive(op, "temperature", temperature)
+    if softcap is not None:
+        check_positive(op, "softcap", softcap)
+    if logit_scale == 0.0 or not math.isfinite(logit_scale):
+        raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
+
+
+def check_targets(op: str, target_ids: torch.Tensor, row_mask: torch.Tensor | None, V: int) -> None:
+    """Raise for a target outside ``[0, V)`` in a row that counts. Synchronises on the GPU; traced code is not checked."""
+    if torch.compiler.is_compiling():
+        return
+    wrong = (target_ids < 0) | (target_ids >= V)
+    if row_mask is not None:
+        wrong = wrong & row_mask
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{op}: target_ids[{t}] = {int(target_ids[t])} is outside [0, {V}); "
+            "exclude the row with row_mask"
+        )

@@ -11,9 +11,7 @@ def pick_impl(op: str, impl: str, blockers: Mapping[str, str | None]) -> str:
                 return name
         raise RuntimeError(f"{op}: nothing can run here: {dict(blockers)}")
     if impl not in blockers:
-        raise ValueError(
-            f"{op}: unknown impl {impl!r}; choose 'auto' or one of {list(blockers)}"
-        )
+        raise ValueError(f"{op}: unknown impl {impl!r}; choose 'auto' or one of {list(blockers)}")
     if blockers[impl] is not None:
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {blockers[impl]}")
     return impl

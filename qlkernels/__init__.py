@@ -1,0 +1,7 @@
+"""Fused kernels for long-context reinforcement learning of language models.
+
+Importing starts no CUDA and compiles nothing.
+"""
+
+from qlkernels._scores import TokenScores
+from qlkernels.logprob_entropy import logprob_entropy, token_entropy
