@@ -59,7 +59,7 @@ def detect_language(text: str) -> str:
 
 
 def text_share(text: str) -> float:
-    """Share of letters, digits and white space; U+FFFD and control characters count twice against."""
+    """Share of letters, digits and white space; U+FFFD and control characters weigh double."""
     other = sum(map(len, _OTHER.findall(text)))
     return max(0.0, 1 - (other + len(_BAD.findall(text))) / max(1, len(text)))
 

@@ -36,8 +36,8 @@ class SourceConfig:
     ``path`` is a file or folder, ``${stdlib}`` in it is the folder of Python's standard library;
     ``include`` and ``exclude`` are globs on the path below it. ``kind: builtin`` takes ``loader``,
     a name of ``qwenlong.data.loaders.BUILTIN`` or ``module:function``. ``near_duplicates: keep`` is
-    for generated pages that differ in their facts alone; ``distractors: false`` keeps a source out
-    of the contexts of other sources' questions.
+    for generated pages that differ in their facts alone. Two sources that could state one fact in
+    two ways share a ``topic``: neither serves as distractors to the other's questions.
     """
 
     name: str
@@ -48,7 +48,7 @@ class SourceConfig:
     exclude: list[str] = field(default_factory=list)
     rows_per_document: int = 100
     near_duplicates: str = "drop"
-    distractors: bool = True
+    topic: str = ""
 
     def __post_init__(self):
         if self.kind not in SOURCE_KINDS:
@@ -105,7 +105,7 @@ class ExtendConfig:
     )
     hard_share: float = 0.5  # of the distractor tokens, chosen by BM25
     spread_share: float = 0.8  # of the samples, placed for spread evidence; the rest at random
-    pool_documents: int = 20_000  # distractors of one split are drawn from at most this many
+    pool_documents: int = 10_000  # distractors of one split are drawn from at most this many
 
     def __post_init__(self):
         lengths = {int(n): float(weight) for n, weight in self.lengths.items()}

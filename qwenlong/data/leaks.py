@@ -1,0 +1,93 @@
+"""Does a text give the answer of a sample away? One rule for distractors, questions and titles."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from qwenlong.types import Sample
+
+_THOUSANDS = re.compile(r"(?<=\d)[,\u00a0\u202f'](?=\d{3}(?!\d))")
+_SPACE = re.compile(r"\s+")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_ENTITY = re.compile(
+    r"`([^`\n]+)`|\"([^\"\n]+)\"|“([^”\n]+)”"  # quoted
+    r"|(?<![.?!]\s)(?<!^)\b([A-Z][\w'’-]*(?:\s+(?:of|the|and|de|du)?\s*[A-Z][\w'’-]*)*)"  # names
+    r"|\b(\d[\d.,]*\d|\d)\b"
+)
+# Answers that every text contains by chance: their presence says nothing.
+_GENERIC = frozenset("yes no true false none null both neither".split())
+
+
+def normalise(text: str) -> str:
+    """Case, width, spacing and thousands separators removed: what two spellings of a fact share."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return _SPACE.sub(" ", _THOUSANDS.sub("", text)).strip()
+
+
+def entity_terms(question: str) -> list[str]:
+    """Quoted terms, names and numbers of a question, normalised, in order, each once."""
+    found = ("".join(groups) for groups in _ENTITY.findall(question))
+    return list(dict.fromkeys(filter(None, map(normalise, found))))
+
+
+def answer_texts(sample: Sample) -> list[str]:
+    """The answers as a reader would write them: for a choice the option's text, not its letter."""
+    if sample.answer_type != "choice":
+        return list(sample.answers)
+    texts = []
+    for answer in sample.answers:
+        index = ord(answer.strip().upper()) - ord("A") if len(answer.strip()) == 1 else -1
+        texts.append(sample.choices[index] if 0 <= index < len(sample.choices) else answer)
+    return texts
+
+
+class AnswerFinder:
+    """Finds the answers of one sample in texts.
+
+    A text answer counts where it stands as whole words. A number counts where it stands as a whole
+    number, if it has three digits or more; a shorter one is everywhere, so it counts only next to
+    the sample's unit, or in a text that also names every entity of the question. Answers like "yes"
+    are never found.
+    """
+
+    def __init__(self, sample: Sample):
+        self._patterns: list[tuple[str, re.Pattern[str]]] = []
+        self._with_entities: list[tuple[str, re.Pattern[str]]] = []
+        self._entities = entity_terms(sample.question)
+        unit = normalise(sample.unit or "")
+        for answer in map(normalise, answer_texts(sample)):
+            if not answer or answer in _GENERIC:
+                continue
+            match = _NUMBER.search(answer)
+            if match and (sample.answer_type == "number" or match.group() == answer):
+                self._add_number(match.group(), unit)
+            elif _CJK.search(answer):
+                self._patterns.append((answer, re.compile(re.escape(answer))))
+            else:
+                self._patterns.append((answer, re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)")))
+
+    def _add_number(self, number: str, unit: str) -> None:
+        number = number.lstrip("-")
+        whole, _, fraction = number.partition(".")
+        fraction = fraction.rstrip("0")
+        core = f"{whole}.{fraction}" if fraction else whole
+        tail = "0*" if fraction else r"(?:\.0+)?"
+        pattern = rf"(?<![\d.]){re.escape(core)}{tail}(?!\d|\.\d)"
+        if len((whole + fraction).strip("0")) >= 3 or len(whole) >= 4:
+            self._patterns.append((core, re.compile(pattern)))
+        else:
+            if unit:
+                with_unit = re.compile(rf"{pattern} ?{re.escape(unit)}(?!\w)")
+                self._patterns.append((core, with_unit))
+            if self._entities:
+                self._with_entities.append((core, re.compile(pattern)))
+
+    def is_in(self, text: str) -> bool:
+        """True where ``text`` states an answer. ``text`` must be normalised."""
+        if any(core in text and pattern.search(text) for core, pattern in self._patterns):
+            return True
+        if not self._with_entities or not all(entity in text for entity in self._entities):
+            return False
+        return any(core in text and pattern.search(text) for core, pattern in self._with_entities)
