@@ -1,8 +1,9 @@
 """Builds ``qlkernels._C`` from csrc/: C++ where a compiler is found, CUDA where nvcc is.
 
-QL_BUILD_CUDA=auto (default) builds the CUDA kernels where nvcc is found, 1 makes a missing nvcc an error, 0 leaves
-them out. CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are respected. Without a C++ compiler the package installs as plain
-Python. Objects are kept in build/objects and rebuilt when a source or their command line changes.
+QL_BUILD_CUDA=auto (default) builds the CUDA kernels where nvcc is found, 1 makes a missing nvcc an
+error, 0 leaves them out. CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are respected. Without a C++ compiler
+the package installs as plain Python. Objects are kept in build/objects and rebuilt when a source or
+their command line changes.
 """
 
 import os
@@ -30,7 +31,8 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split(),
 }
-# No vector crosses a file, so its calling convention does not matter; GCC's AVX-512 header warns about itself.
+# No vector crosses a file, so its calling convention does not matter; GCC's AVX-512 header warns
+# about itself.
 QUIET = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CUDA_ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 OLDEST_NVCC = (12, 0)  # the first with sm_90a
@@ -100,8 +102,7 @@ class BuildExtension(build_ext):
                 if nvcc:
                     jobs.append((source, "cuda", nvcc_command(nvcc, cxx)))
             elif source == ONCE_PER_ISA:
-                is_x86 = platform.machine() in ("x86_64", "AMD64")
-                for isa in ISAS if is_x86 else ["baseline"]:
+                for isa in ISAS if machine == "x86_64" else ["baseline"]:
                     vector = ["-ffp-contract=fast", *QUIET, f"-DQL_ISA={isa}", *ISAS[isa]]
                     jobs.append((source, isa, [*cpp, *vector]))
             else:

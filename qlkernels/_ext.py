@@ -1,4 +1,4 @@
-"""Loads ``qlkernels._C`` (built from ``csrc/``), or keeps the reason why it could not; and calls it with tensors."""
+"""Loads ``qlkernels._C`` (built from ``csrc/``), or keeps the reason why not; calls it on tensors."""
 
 import torch
 
@@ -51,9 +51,10 @@ def logprob_entropy_fwd(
     """Log-probability of the target, entropy and log-sum-exp of every row, in nats.
 
     Args:
-        logits: ``[T, V]`` fp32, fp16 or bf16, last dim contiguous, V < 2**31, on the CPU or a CUDA device, which
-            decides what runs.
-        target_ids: ``[T]`` int64. One outside [0, V) gives NaN as its row's logprob; callers refuse it where they can.
+        logits: ``[T, V]`` fp32, fp16 or bf16, last dim contiguous, V < 2**31, on the CPU or a CUDA
+            device, which decides what runs.
+        target_ids: ``[T]`` int64. One outside [0, V) gives NaN as the row's logprob; callers refuse
+            it where they can.
         row_mask: ``[T]`` bool or None. Rows with False are never read and give 0.
         temperature: positive; a float or ``[T]`` fp32.
         softcap: positive, or None for none.
@@ -89,9 +90,10 @@ def logprob_entropy_bwd(
 ) -> None:
     """Write the gradient with respect to ``logits`` into ``out``.
 
-    The first six arguments are the forward's, ``entropy`` and ``lse`` its results. ``g_*`` are the upstream gradients,
-    ``[T]`` fp32, None for zero. ``out`` is ``[T, V]`` in the dtype of ``logits``, last dim contiguous, and may be
-    ``logits`` itself. Rows that are masked, or whose upstream gradients are all exactly 0, become 0 unread.
+    The first six arguments are the forward's, ``entropy`` and ``lse`` its results. ``g_*`` are the
+    upstream gradients, ``[T]`` fp32, None for zero. ``out`` is ``[T, V]`` in the dtype of ``logits``,
+    last dim contiguous, and may be ``logits`` itself. Rows that are masked, or whose upstream
+    gradients are all exactly 0, become 0 unread.
     """
     shared, keep = _shared_arguments(
         logits, target_ids, row_mask, temperature, softcap, logit_scale

@@ -2,9 +2,9 @@
 //
 // A row is worked off in blocks that stay in L1: convert to fp32 and find the maximum, then exponentials and sums in
 // fp32 lanes; blocks merge in double. Rows are independent, so the number of threads cannot change a bit.
+#include "../elements.h"
 #include "../logprob_entropy.h"
 #include "../row_math.h"
-#include "../softcap.h"
 #include "simd.h"
 
 namespace {
@@ -50,12 +50,7 @@ float load_block(const typename E::Storage* logits, int64_t n, float gain, Block
 Part<double> sum_block(const float* v, int64_t n, float m, float alpha) {
   Floats s[kUnroll] = {}, q[kUnroll] = {};
   for (int64_t i = 0; i < n; i += kUnroll * kLanes) {
-    for (int j = 0; j < kUnroll; ++j) {
-      const Floats d = clamp_exponent(alpha * (Float32::load(v + i + j * kLanes) - m));
-      const Floats e = pow2(d);
-      s[j] += e;
-      q[j] += d * e;
-    }
+    for (int j = 0; j < kUnroll; ++j) add_element(Float32::load(v + i + j * kLanes), m, alpha, s[j], q[j]);
   }
   return {m, sum_of((s[0] + s[1]) + (s[2] + s[3])), sum_of((q[0] + q[1]) + (q[2] + q[3]))};
 }
@@ -111,10 +106,7 @@ double write_block(const Block& block, int64_t n, const RowScale& scale, const R
                    typename E::Storage* dlogits) {
   Floats rest[2] = {};
   const auto gradient = [&](int64_t i, int chain) {
-    const Floats d = clamp_exponent(scale.alpha * (Float32::load(block.v + i) - g.offset) + g.shift);
-    const Floats p = pow2(d);
-    rest[chain] += p;
-    const Floats du = p * (g.constant - g.slope * d);
+    const Floats du = element_gradient(Float32::load(block.v + i), scale.alpha, g, rest[chain]);
     if constexpr (kCap) return du * Float32::load(block.slope + i);
     return du;
   };

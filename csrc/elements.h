@@ -1,4 +1,4 @@
-// tanh and its derivative for soft-capped logits, on one float or a vector of them.
+// Arithmetic of one element, on a float or on a vector of them.
 #pragma once
 
 #include "row_math.h"
@@ -10,7 +10,7 @@ namespace {
 
 QL_HOST_DEVICE float select(bool condition, float yes, float no) { return condition ? yes : no; }
 
-// One exponential serves both; a polynomial where 1 - 2/(1 + e^2x) would cancel.
+// tanh(x) and its derivative. One exponential serves both; a polynomial where 1 - 2/(1 + e^2x) would cancel.
 template <class F>
 QL_HOST_DEVICE void tanh_and_slope(F x, F& value, F& slope) {
   const F a = select(x < 0.0f, -x, x);
@@ -26,6 +26,24 @@ QL_HOST_DEVICE void tanh_and_slope(F x, F& value, F& slope) {
   const F large = (1.0f - e) * reciprocal;
   value = select(a < 0.625f, small, select(x < 0.0f, -large, large));
   slope = select(a < 0.625f, 1.0f - small * small, 4.0f * e * reciprocal * reciprocal);
+}
+
+// The term d 2^d of Q2 and 2^d of S.
+template <class F>
+QL_HOST_DEVICE void add_element(F v, float m, float alpha, F& s, F& q) {
+  const F d = clamp_exponent(alpha * (v - m));
+  const F e = pow2(d);
+  s += e;
+  q += d * e;
+}
+
+// The gradient away from the target, without a soft-cap's factor. Adds the probability to rest.
+template <class F>
+QL_HOST_DEVICE F element_gradient(F v, float alpha, const RowGradient& g, F& rest) {
+  const F d = clamp_exponent(alpha * (v - g.offset) + g.shift);
+  const F p = pow2(d);
+  rest += p;
+  return p * (g.constant - g.slope * d);
 }
 
 }  // namespace
