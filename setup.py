@@ -21,10 +21,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.c*"))
-HEADERS = sorted(
-    p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")
-)
+FILES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*"))
+SOURCES = [f for f in FILES if f.endswith((".cpp", ".cu"))]
+HEADERS = [f for f in FILES if f.endswith((".h", ".cuh"))]
 ONCE_PER_ISA = "csrc/cpu/logprob_entropy.cpp"
 ISAS = {
     "baseline": [],
@@ -88,9 +87,8 @@ class BuildExtension(build_ext):
         import pybind11
 
         cxx, nvcc = find_compiler(), find_nvcc()
-        objects = (
-            ROOT / "build" / "objects" / f"{sys.implementation.cache_tag}-{platform.machine()}"
-        )
+        machine = platform.machine()
+        objects = ROOT / "build" / "objects" / f"{sys.implementation.cache_tag}-{machine}"
         cpp = [cxx, "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
         cpp += ["-pthread", *shlex.split(os.environ.get("CXXFLAGS", ""))]
         python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
@@ -106,9 +104,8 @@ class BuildExtension(build_ext):
                     vector = ["-ffp-contract=fast", *QUIET, f"-DQL_ISA={isa}", *ISAS[isa]]
                     jobs.append((source, isa, [*cpp, *vector]))
             else:
-                jobs.append(
-                    (source, "", [*cpp, *(python if source == "csrc/bindings.cpp" else [])])
-                )
+                needs_python = source == "csrc/bindings.cpp"
+                jobs.append((source, "", [*cpp, *python] if needs_python else cpp))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             built = list(pool.map(lambda job: compile_object(objects, *job), jobs))
 

@@ -1,4 +1,4 @@
-"""Loads ``qlkernels._C`` (built from ``csrc/``), or keeps the reason why not; calls it on tensors."""
+"""Loads ``qlkernels._C`` (built from ``csrc/``), or keeps the reason why not; calls it."""
 
 import torch
 
@@ -91,9 +91,9 @@ def logprob_entropy_bwd(
     """Write the gradient with respect to ``logits`` into ``out``.
 
     The first six arguments are the forward's, ``entropy`` and ``lse`` its results. ``g_*`` are the
-    upstream gradients, ``[T]`` fp32, None for zero. ``out`` is ``[T, V]`` in the dtype of ``logits``,
-    last dim contiguous, and may be ``logits`` itself. Rows that are masked, or whose upstream
-    gradients are all exactly 0, become 0 unread.
+    upstream gradients, ``[T]`` fp32, None for zero. ``out`` is ``[T, V]`` in the dtype of
+    ``logits``, last dim contiguous, and may be ``logits`` itself. Rows that are masked, or whose
+    upstream gradients are all exactly 0, become 0 unread.
     """
     shared, keep = _shared_arguments(
         logits, target_ids, row_mask, temperature, softcap, logit_scale
