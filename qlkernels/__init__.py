@@ -4,4 +4,5 @@ Importing starts no CUDA and compiles nothing.
 """
 
 from qlkernels._scores import TokenScores
+from qlkernels.linear_logprob import linear_logprob
 from qlkernels.logprob_entropy import logprob_entropy, token_entropy

@@ -9,7 +9,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_shape(op: str, name: str, x: torch.Tensor, letters: str, sizes: dict[str, int]) -> None:
-    """Check ``x`` against ``letters`` such as ``"T V"``; a letter seen first fixes its size in ``sizes``."""
+    """Check ``x`` against ``letters`` such as ``"T V"``; a letter seen first fixes its size in
+    ``sizes``.
+    """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor [{letters}], got {type(x).__name__}")
     wanted = letters.split()
@@ -58,7 +60,9 @@ def check_rows(
     row_mask: torch.Tensor | None,
     sizes: dict[str, int],
 ) -> None:
-    """The arguments that every row op has: ``[T]`` targets, an optional ``[T]`` mask, a float or ``[T]`` temperature."""
+    """The arguments that every row op has: ``[T]`` targets, an optional ``[T]`` mask, a float or
+    ``[T]`` temperature.
+    """
     check_shape(op, "target_ids", target_ids, "T", sizes)
     check_dtype(op, "target_ids", target_ids, (torch.int64,))
     check_device(op, "target_ids", target_ids, rows, rows_name)
@@ -85,7 +89,9 @@ def check_scalars(
 
 
 def check_targets(op: str, target_ids: torch.Tensor, row_mask: torch.Tensor | None, V: int) -> None:
-    """Raise for a target outside ``[0, V)`` in a row that counts. Synchronises on the GPU; traced code is not checked."""
+    """Raise for a target outside ``[0, V)`` in a row that counts. Synchronises on the GPU; traced
+    code is not checked.
+    """
     if torch.compiler.is_compiling():
         return
     wrong = (target_ids < 0) | (target_ids >= V)
@@ -96,4 +102,19 @@ def check_targets(op: str, target_ids: torch.Tensor, row_mask: torch.Tensor | No
         raise ValueError(
             f"{op}: target_ids[{t}] = {int(target_ids[t])} is outside [0, {V}); "
             "exclude the row with row_mask"
+        )
+
+
+def check_unsharded(op: str, name: str, weight: torch.Tensor) -> None:
+    """Refuse a weight of which this rank holds a part, with what to do about it."""
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"{op}: {name} is a DTensor; pass {name}.full_tensor(grad_placements=[Partial('avg')]) "
+            "(without grad_placements its gradient is not reduced over ranks), or call the op "
+            "inside the module's forward, where FSDP2 has gathered the weight"
+        )
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{op}: {name} is partitioned by ZeRO-3; call the op inside the model's forward, or "
+            "under deepspeed.zero.GatheredParameters around forward and backward"
         )

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 
 def pick_impl(op: str, impl: str, blockers: Mapping[str, str | None]) -> str:
-    """Return the implementation to run. ``blockers`` maps each to why it cannot run here, fastest first."""
+    """Return the implementation to run. ``blockers`` maps each to why it cannot run here, fastest
+    first.
+    """
     if impl == "auto":
         for name, why in blockers.items():
             if why is None:

@@ -8,7 +8,9 @@ import torch
 
 @contextlib.contextmanager
 def op_range(name: str) -> Iterator[None]:
-    """Mark the block as ``qlkernels::name`` in Nsight Systems, Nsight Compute and the torch profiler."""
+    """Mark the block as ``qlkernels::name`` in Nsight Systems, Nsight Compute and the torch
+    profiler.
+    """
     if not torch.cuda.is_available():
         yield
         return

@@ -1,12 +1,14 @@
 """Triton pieces that several kernels share: logits to z, the online softmax state, tile order.
 
-State of a row, over the columns seen: m = max z (before the temperature), S = sum e^d, Q = sum d e^d with
-d = (z - m) / tau. Shifted sums: nothing cancels in H = log S - Q / S, whatever constant the logits carry.
+State of a row, over the columns seen: m = max z (before the temperature), S = sum e^d, Q = sum d
+e^d with d = (z - m) / tau. Shifted sums: nothing cancels in H = log S - Q / S, whatever constant
+the logits carry.
 """
 
 from qlkernels._triton import tl, triton
 
-# Under the interpreter a bf16 operand of tl.dot is multiplied as raw bits: kernels take UPCAST and convert first.
+# Under the interpreter a bf16 operand of tl.dot is multiplied as raw bits: kernels take UPCAST and
+# convert first.
 
 
 @triton.jit
@@ -21,13 +23,17 @@ def scale_and_cap(r, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def shifted(z, m, inv_tau):
-    """(z - m) / tau; a logit of -inf becomes a large finite negative, so that d e^d is 0 and NaN stays NaN."""
+    """(z - m) / tau; a logit of -inf becomes a large finite negative, so that d e^d is 0 and NaN
+    stays NaN.
+    """
     return tl.where(z == -float("inf"), -1.0e4, (z - m) * inv_tau)
 
 
 @triton.jit
 def fold_tile(m, s, q, z, inv_tau):
-    """Add one tile ``[BLOCK]`` of z to the state. s and q keep one partial sum a lane: sum them once, at the end."""
+    """Add one tile ``[BLOCK]`` of z to the state. s and q keep one partial sum a lane: sum them
+    once, at the end.
+    """
     m_new = tl.maximum(m, tl.max(z, 0))
     d = shifted(z, m_new, inv_tau)
     e = tl.exp(d)
@@ -40,7 +46,9 @@ def fold_tile(m, s, q, z, inv_tau):
 
 @triton.jit
 def swizzled_tile(tile, n_m, n_n, GROUP_M: tl.constexpr):
-    """Order of GEMM tiles: GROUP_M row tiles walk the columns together, so that both operands stay in L2."""
+    """Order of GEMM tiles: GROUP_M row tiles walk the columns together, so that both operands stay
+    in L2.
+    """
     per_group = GROUP_M * n_n
     group = tile // per_group
     first = group * GROUP_M

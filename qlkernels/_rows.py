@@ -35,7 +35,9 @@ def fold_rows(
     logit_scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores of a block of raw logits ``[T, V]`` (fp32 or fp64): logprobs, entropy, lse, each ``[T]``."""
+    """Scores of a block of raw logits ``[T, V]`` (fp32 or fp64): logprobs, entropy, lse, each
+    ``[T]``.
+    """
     z = scale_and_cap(r, logit_scale, softcap)
     tau = temperature if isinstance(temperature, float) else column(temperature, z)
     m = z.amax(dim=1, keepdim=True)
@@ -63,7 +65,9 @@ def row_gradient(
     g_entropy: torch.Tensor | None,
     g_lse: torch.Tensor | None,
 ) -> torch.Tensor:
-    """dr ``[T, V]`` in the dtype of ``r``. log p is anchored at the target's logit, so that nothing large cancels."""
+    """dr ``[T, V]`` in the dtype of ``r``. log p is anchored at the target's logit, so that nothing
+    large cancels.
+    """
     z = scale_and_cap(r, logit_scale, softcap)
     tau = temperature if isinstance(temperature, float) else column(temperature, z)
     y = target_ids[:, None]

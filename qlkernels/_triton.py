@@ -1,7 +1,7 @@
 """Triton where it is installed. Without it kernels stay plain functions that nothing calls.
 
-Op files hold their kernels and must import everywhere, so they import ``triton`` and ``tl`` from here. The CPU build
-of torch does not bring Triton.
+Op files hold their kernels and must import everywhere, so they import ``triton`` and ``tl`` from
+here. The CPU build of torch does not bring Triton.
 """
 
 from types import SimpleNamespace

@@ -2,12 +2,13 @@
 
     z = s r,  or  z = c tanh(s r / c)       # r: raw logits, s: logit scale, c: soft-cap
     u = z / tau,  m = max z,  d = (z - m) / tau
-    S = sum e^d,  Q = sum d e^d             # shifted by the maximum: a constant added to the logits cancels exactly
-    logprob = d_y - log S,  H = log S - Q / S,  lse = m / tau + log S            # nats
-    du_i = p_i (g_lse - g_l - g_H (log p_i + H)) + g_l 1[i = y]
-    log p_i = (z_i - z_y) / tau + logprob
+    S = sum e^d,  Q = sum d e^d             # shifted by the maximum: a constant added to the logits
+    cancels exactly logprob = d_y - log S,  H = log S - Q / S,  lse = m / tau + log S            #
+    nats du_i = p_i (g_lse - g_l - g_H (log p_i + H)) + g_l 1[i = y] log p_i = (z_i - z_y) / tau +
+    logprob
 
-Bytes: the forward reads the logits once, T * V * itemsize; the backward reads them once and writes once. Rows whose
+Bytes: the forward reads the logits once, T * V * itemsize; the backward reads them once and writes
+    once. Rows whose
 upstream gradients are all exactly zero are written without being read.
 """
 
@@ -38,7 +39,9 @@ def logprob_entropy_ref(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> TokenScores:
-    """Ground truth: eager, differentiable, any device. fp64 stays fp64, everything else is computed in fp32."""
+    """Ground truth: eager, differentiable, any device. fp64 stays fp64, everything else is computed
+    in fp32.
+    """
     r = logits if logits.dtype == torch.float64 else logits.float()
     if row_mask is not None:
         r = torch.where(row_mask[:, None], r, 0.0)
@@ -213,7 +216,9 @@ def _block_v(V: int, config: tuple[int, int]) -> tuple[int, int]:
 
 
 def aot_variants():
-    """Every kernel as it is launched for bf16 logits: (name, kernel, signature, constexprs, aligned, options)."""
+    """Every kernel as it is launched for bf16 logits: (name, kernel, signature, constexprs,
+    aligned, options).
+    """
     found = []
     flags = dict(HAS_ROW_MASK=True, HAS_TEMPERATURE=True, HAS_SOFTCAP=False)
     rows = dict(
@@ -477,24 +482,25 @@ def logprob_entropy(
     """Log-probability of the target, entropy and log-sum-exp of every row of logits, in nats.
 
     Args:
-        logits: ``[T, V]`` bf16, fp16 or fp32, any row stride, last dim contiguous; or ``[B, S, V]``. Entries of
-            -inf have probability 0. A row with NaN gives NaN in that row.
-        target_ids: ``[T]`` (or ``[B, S]``) int64, already shifted: row t scores ``target_ids[t]``. Outside
-            ``[0, V)``: raises on the CPU and with ``validate=True``, gives a NaN log-probability on the GPU.
-        temperature: the logits are divided by it, after scale and soft-cap. Float, or fp32 of the shape of
-            ``target_ids``; positive.
+        logits: ``[T, V]`` bf16, fp16 or fp32, any row stride, last dim contiguous; or ``[B, S,
+            V]``. Entries of -inf have probability 0. A row with NaN gives NaN in that row.
+        target_ids: ``[T]`` (or ``[B, S]``) int64, already shifted: row t scores ``target_ids[t]``.
+            Outside ``[0, V)``: raises on the CPU and with ``validate=True``, gives a NaN
+            log-probability on the GPU.
+        temperature: the logits are divided by it, after scale and soft-cap. Float, or fp32 of the
+            shape of ``target_ids``; positive.
         row_mask: bool, shape of ``target_ids``. Rows where it is False are never read and hold 0.
         softcap: ``c`` in ``c tanh(s r / c)``, as Gemma 2 does; None for none.
         logit_scale: ``s``, as Cohere does.
         inplace_backward: write the gradient over ``logits``, which nothing may read afterwards.
         validate: check the targets on the GPU too (synchronises).
-        impl: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an explicit choice
-            never falls back.
+        impl: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an
+            explicit choice never falls back.
 
     Returns:
-        ``TokenScores``, fp32, shape of ``target_ids``: log-probabilities ``<= 0``, entropy in ``[0, log V]``, lse.
-        All three are differentiable with respect to ``logits``; rows whose upstream gradients are all exactly 0 cost
-        a write.
+        ``TokenScores``, fp32, shape of ``target_ids``: log-probabilities ``<= 0``, entropy in ``[0,
+        log V]``, lse. All three are differentiable with respect to ``logits``; rows whose upstream
+        gradients are all exactly 0 cost a write.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or value that does not fit, by name.

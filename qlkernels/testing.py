@@ -15,8 +15,9 @@ AWKWARD_TV = [(0, 37), (1, 1), (1, 2), (3, 37), (5, 127), (5, 128), (5, 129), (4
 def assert_as_accurate(name, actual, truth, baseline, *, slack=2.0, floor=1e-5):
     """Fail where ``actual`` errs more than ``slack`` times as much as ``baseline`` does.
 
-    ``truth`` is the reference in fp64, ``baseline`` the reference in the input's own dtype (for GEMM ops: the same
-    inputs with fp32 accumulation). ``floor`` is relative to the largest true value.
+    ``truth`` is the reference in fp64, ``baseline`` the reference in the input's own dtype (for
+    GEMM ops: the same inputs with fp32 accumulation). ``floor`` is relative to the largest true
+    value.
     """
     assert actual.shape == truth.shape, f"{name}: shape {actual.shape} != {truth.shape}"
     actual, truth, baseline = (x.detach().double().cpu() for x in (actual, truth, baseline))
@@ -51,9 +52,11 @@ def outputs_and_grads(
     inputs: dict[str, torch.Tensor],
     upstream: list[torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Run ``function(**inputs)``, backpropagate ``upstream`` and return outputs and ``d<input>`` by name.
+    """Run ``function(**inputs)``, backpropagate ``upstream`` and return outputs and ``d<input>`` by
+    name.
 
-    Outputs are numbered ``out0``, ``out1``, ... Only floating-point inputs that require a gradient get one.
+    Outputs are numbered ``out0``, ``out1``, ... Only floating-point inputs that require a gradient
+    get one.
     """
     leaves = {
         k: x.detach().clone().requires_grad_(x.requires_grad) if x.is_floating_point() else x
@@ -76,9 +79,9 @@ def peaked_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``[T, V]`` shaped like a trained policy's, and sampled targets ``[T]`` int64.
 
-    A few candidates per row stand out by a margin that varies from row to row, so that most rows are nearly certain
-    and some are not. The margin is shifted by bisection until the mean entropy is ``mean_entropy`` nats (within
-    2 %, measured on at most 256 rows).
+    A few candidates per row stand out by a margin that varies from row to row, so that most rows
+    are nearly certain and some are not. The margin is shifted by bisection until the mean entropy
+    is ``mean_entropy`` nats (within 2 %, measured on at most 256 rows).
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     logits = torch.empty(T, V, dtype=dtype, device=device)
@@ -112,7 +115,9 @@ def peaked_logits(
 
 @contextlib.contextmanager
 def nan_filled_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN (the largest value for integers) inside the block, as it may be in real life."""
+    """Uninitialised memory is NaN (the largest value for integers) inside the block, as it may be
+    in real life.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,6 @@
-"""Files that survive a kill: written under a temporary name and renamed, or appended a whole line at a time."""
+"""Files that survive a kill: written under a temporary name and renamed, or appended a whole line
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside ``path``; rename it to ``path`` when the block ends, delete it if it raises."""
+    """Open a temporary file beside ``path``; rename it to ``path`` when the block ends, delete it
+    if it raises.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -44,7 +48,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict]:
-    """Rows of a JSON lines file, one at a time. A last line without its newline is a torn append: left out."""
+    """Rows of a JSON lines file, one at a time. A last line without its newline is a torn append:
+    left out.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -57,7 +63,9 @@ def read_jsonl(path: str | Path) -> Iterator[dict]:
 
 
 class JsonlAppender:
-    """Append rows that survive a kill. Opening cuts a torn last line away, so that the next row starts a line."""
+    """Append rows that survive a kill. Opening cuts a torn last line away, so that the next row
+    starts a line.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

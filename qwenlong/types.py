@@ -1,8 +1,9 @@
 """The data that crosses the parts of qwenlong, one JSON object a line.
 
-Three records: ``Sample`` (synthesis -> training, evaluation, agent), ``Trajectory`` (rollout -> training) and
-``EvalResult`` (evaluation -> report). Each is validated when it is read, frozen afterwards, and keeps fields that it
-does not know, so that a file written by a later version survives a round trip.
+Three records: ``Sample`` (synthesis -> training, evaluation, agent), ``Trajectory`` (rollout ->
+training) and ``EvalResult`` (evaluation -> report). Each is validated when it is read, frozen
+afterwards, and keeps fields that it does not know, so that a file written by a later version
+survives a round trip.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 SCHEMA = 1
 
-# The sampler balances over the first five; `needle` has a dense reward (arXiv 2512.12967, section 4.2).
+# The sampler balances over the first five; `needle` has a dense reward (arXiv 2512.12967, section
+# 4.2).
 TASKS = (
     "multiple_choice",
     "multihop_qa",
@@ -38,7 +40,9 @@ class Record(BaseModel):
 
 
 class Document(Record):
-    """A document of a sample: its text, or the sha256 of a text in ``documents.jsonl`` beside the sample file."""
+    """A document of a sample: its text, or the sha256 of a text in ``documents.jsonl`` beside the
+    sample file.
+    """
 
     id: str
     title: str = ""
@@ -91,9 +95,10 @@ class TokenCount(Record):
 class Sample(Record):
     """One question over documents, with its answers and how they were made.
 
-    ``task`` is extensible: a name outside ``TASKS`` is kept as it is. ``split`` follows the hash of the documents
-    (``split_of``), so that no document is trained and evaluated on. ``instructions`` is the answer format, which the
-    memory agent holds back until its last call. ``derivation`` is the programme that made the answer.
+    ``task`` is extensible: a name outside ``TASKS`` is kept as it is. ``split`` follows the hash of
+    the documents (``split_of``), so that no document is trained and evaluated on. ``instructions``
+    is the answer format, which the memory agent holds back until its last call. ``derivation`` is
+    the programme that made the answer.
     """
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
@@ -130,7 +135,9 @@ class Sample(Record):
             raise ValueError(f"sample {self.id!r}: document ids are not unique")
         for span in self.evidence:
             if span.doc not in set(ids):
-                raise ValueError(f"sample {self.id!r}: evidence names unknown document {span.doc!r}")
+                raise ValueError(
+                    f"sample {self.id!r}: evidence names unknown document {span.doc!r}"
+                )
         if self.answer_type == "choice" and not self.choices:
             raise ValueError(f"sample {self.id!r}: answer_type 'choice' needs choices")
         kind = self.derivation.get("kind")
@@ -143,7 +150,9 @@ class Sample(Record):
 
 
 class Turn(Record):
-    """One model call. ``logprobs`` are of the temperature-scaled, untruncated distribution, else null."""
+    """One model call. ``logprobs`` are of the temperature-scaled, untruncated distribution, else
+    null.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]

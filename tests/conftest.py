@@ -1,4 +1,6 @@
-"""Kernels run in Triton's CPU interpreter unless a GPU or the ahead-of-time tests need the compiler."""
+"""Kernels run in Triton's CPU interpreter unless a GPU or the ahead-of-time tests need the
+compiler.
+"""
 
 import os
 import sys

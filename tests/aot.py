@@ -1,0 +1,87 @@
+"""Compile Triton kernels for a card that is not there, and read what the compiler says of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # opt-in bytes a block
+
+
+class StubDriver:
+    """Answers ``cuda_capability_geq`` and the like for the card compiled for; without it they are
+    False.
+    """
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability
+
+    def get_current_stream(self, _device=None):
+        return 0
+
+    def is_active(self):
+        return True
+
+
+def compile_for(kernel, capability, signature, constexprs, aligned=(), options=None):
+    """The compiled kernel. ``aligned`` names arguments divisible by 16; ``options`` are warps and
+    stages.
+    """
+    driver.set_active(StubDriver(capability))
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    missing = set(kernel.arg_names) - set(signature) - set(constexprs)
+    assert not missing, f"{kernel.__name__}: no type for {sorted(missing)}"
+    types = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
+    attrs = {
+        (kernel.arg_names.index(n),): [["tt.divisibility", 16]]
+        for n in aligned
+        if n in kernel.arg_names
+    }
+    source = ASTSource(kernel, types, constexprs, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options or {})
+
+
+def resources(compiled) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of the cubin. Spills show as STACK."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [BIN / "cuobjdump", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+@functools.cache
+def _architecture(capability: int) -> str:
+    return f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+
+
+def ptxas_report(compiled, capability: int) -> str:
+    """What ``ptxas -v`` prints: exact spill bytes, and the C751x lines where a wgmma is serialised."""
+    tool = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        command = [
+            BIN / tool, "-v", "-lineinfo", "--regAllocOptLevel=2",
+            f"--gpu-name={_architecture(capability)}", str(ptx), "-o", "/dev/null",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
