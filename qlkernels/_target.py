@@ -28,7 +28,7 @@ def compute_capability(device_index: int = 0) -> int:
 
 @functools.cache
 def multiprocessor_count(device_index: int = 0) -> int:
-    """Streaming multiprocessors; 1 under the interpreter, so that persistent loops are exercised."""
+    """Streaming multiprocessors; 1 in the interpreter, so that persistent loops are exercised."""
     if not torch.cuda.is_available():
         return 1
     return torch.cuda.get_device_properties(device_index).multi_processor_count

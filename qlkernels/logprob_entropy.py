@@ -83,7 +83,7 @@ def _logprob_entropy_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One program a row, one read of the row; every lane keeps its own partial sums until the end."""
+    """One program a row, one read of the row; each lane keeps its partial sums until the end."""
     t = tl.program_id(0).to(tl.int64)  # T * V exceeds int32 for long contexts
     live = t >= 0
     if HAS_ROW_MASK:

@@ -73,7 +73,7 @@ def _architecture(capability: int) -> str:
 
 
 def ptxas_report(compiled, capability: int) -> str:
-    """What ``ptxas -v`` prints: exact spill bytes, and the C751x lines where a wgmma is serialised."""
+    """What ``ptxas -v`` prints: exact spill bytes, and C751x lines where a wgmma is serialised."""
     tool = "ptxas-blackwell" if capability >= 100 else "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
