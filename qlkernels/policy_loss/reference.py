@@ -1,4 +1,4 @@
-"""The policy loss as formulas: eager, differentiable by autograd, any device, fp64 where the log-probs are."""
+"""The policy loss as formulas: eager, differentiable by autograd, any device, fp32 or fp64."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def aggregation_weights(
     num_groups: int | torch.Tensor | None = None,
     max_completion_tokens: float | None = None,
 ) -> torch.Tensor:
-    """The weight w_t with which each row's loss is added, for a rule of ``policy_loss``. Does not synchronise.
+    """The weight w_t with which each row's loss is added, for a rule of ``policy_loss``. Does not
+    synchronise.
 
     Args: as in ``policy_loss``, packed; masks ``[T]`` bool, ``cu_seqlens`` ``[B + 1]``.
 
     Returns:
-        ``[T]`` fp64 on the device of the mask; 0 outside ``response_mask`` (and, with ``denominator="kept"``, outside
-        ``keep_mask``). All 0 where nothing is left to count.
+        ``[T]`` fp64 on the device of the mask; 0 outside ``response_mask`` (and, with
+        ``denominator="kept"``, outside ``keep_mask``). All 0 where nothing is left to count.
     """
     counted = response_mask
     if denominator == "kept" and keep_mask is not None:
@@ -62,7 +63,7 @@ def aggregation_weights(
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Estimate of KL(policy || reference) from one sampled token, nats (k1, k2, k3 of J. Schulman's note of 2020)."""
+    """KL(policy || reference) estimated from a sampled token, nats (J. Schulman's k1, k2, k3)."""
     if estimator == "k1":
         return logprobs - ref_logprobs
     if estimator == "k2":
@@ -72,17 +73,16 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
 
 
 def policy_loss_ref(
-    logprobs: torch.Tensor, *inputs: torch.Tensor | None, **options
+    logprobs: torch.Tensor, *, entropy: torch.Tensor | None = None, **inputs
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Ground truth on packed ``[T]`` rows: the loss, and every metric by name. Arguments as in ``evaluate``."""
-    loss, metrics = evaluate(logprobs, *inputs, **options)
-    # live rows are those whose derivative is not exactly 0: ask autograd, with a leaf of our own
+    """Ground truth on packed ``[T]`` rows: the loss and every metric. Arguments as ``evaluate``."""
+    loss, metrics = evaluate(logprobs, entropy=entropy, **inputs)
+    # a row is live where a derivative is not exactly 0: ask autograd, with leaves of our own
     with torch.enable_grad():
-        leaf = logprobs.detach().requires_grad_()
-        derivative = torch.autograd.grad(evaluate(leaf, *inputs, **options)[0], leaf)[0]
-    live = derivative != 0
-    if options.get("entropy_coef", 0.0) != 0.0:
-        live = live | (inputs[-1] != 0)
+        leaves = [x.detach().requires_grad_() for x in (logprobs, entropy) if x is not None]
+        again, _ = evaluate(leaves[0], entropy=leaves[1] if entropy is not None else None, **inputs)
+        gradients = torch.autograd.grad(again, leaves, allow_unused=True)
+    live = sum((g != 0).int() for g in gradients if g is not None) > 0
     n = metrics["num_tokens"]
     metrics["live_fraction"] = torch.where(n > 0, live.sum() / n, torch.nan)
     return loss, metrics
@@ -90,12 +90,12 @@ def policy_loss_ref(
 
 def evaluate(
     logprobs: torch.Tensor,
+    *,
     old_logprobs: torch.Tensor | None,
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     cu_seqlens: torch.Tensor,
     weights: torch.Tensor,
-    *,
     loss_type: str,
     eps_low: float,
     eps_high: float,
