@@ -1,0 +1,300 @@
+"""Token scores from hidden states: the logits ``[T, V]`` are never stored.
+
+    r = X W^T + b,  z = s r  or  c tanh(s r / c),  u = z / tau
+    logprob, H, lse as in logprob_entropy; tiles merge by
+    m = max m_i,  S = sum e^(m_i - m) S_i,  Q = sum e^(m_i - m) (Q_i + (m_i - m) S_i)       # fixed
+    order dX = dR W,  dW = dR^T X,  db = sum_t dR_t,  dR as in logprob_entropy
+
+FLOPs: 2 T H V forward; the backward computes the logits again, 6 T' H V, where T' counts the rows
+    whose upstream
+gradient is not exactly zero (4 T' H V where only one of dX and dW is asked for).
+
+The Triton path runs a GEMM whose epilogue folds the tile that is still in registers into (m, S, Q),
+12 bytes a row and tile. Its backward walks blocks of the vocabulary: the same GEMM writes dR of one
+block in the inputs' dtype, two library GEMMs turn it into a slice of dW, written once, and a
+contribution to dX, accumulated in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qlkernels import _checks, _ext, _rows
+from qlkernels._dispatch import pick_impl
+from qlkernels._nvtx import op_range
+from qlkernels._scores import TokenScores
+from qlkernels._target import is_capturing, why_not_triton
+from qlkernels.linear_logprob.kernels import aot_variants
+from qlkernels.linear_logprob.passes import Options, backward, forward
+from qlkernels.linear_logprob.reference import linear_logprob_ref
+
+OP = "linear_logprob"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# --- custom ops and autograd -------------------------------------------------
+
+
+@torch.library.custom_op("qlkernels::linear_logprob", mutates_args=())
+def _op(
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperatures: torch.Tensor | None,
+    row_mask: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+    compact: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tau = temperature if temperatures is None else temperatures
+    options = Options(tau, logit_scale, softcap, chunk_tokens, compact, impl)
+    x, y = hidden_states, target_ids
+    with op_range(OP), torch.autocast(x.device.type, enabled=False):
+        if row_mask is None:
+            return forward(x, lm_head_weight, bias, y, options)
+        if not compact or is_capturing():
+            x = torch.where(row_mask[:, None], x, 0.0)
+            found = forward(x, lm_head_weight, bias, torch.where(row_mask, y, 0), options)
+            return tuple(torch.where(row_mask, v, 0.0) for v in found)
+        rows = row_mask.nonzero().squeeze(1)  # the one synchronisation
+        found = forward(x[rows], lm_head_weight, bias, y[rows], options.of_rows(rows))
+        out = tuple(torch.zeros(x.shape[0], device=x.device) for _ in found)
+        for whole, part in zip(out, found, strict=True):
+            whole[rows] = part
+        return out
+
+
+@_op.register_fake
+def _(hidden_states, *_args):
+    T = hidden_states.shape[0]
+    return tuple(hidden_states.new_empty(T, dtype=torch.float32) for _ in range(4))
+
+
+@torch.library.custom_op("qlkernels::linear_logprob_bwd", mutates_args=())
+def _op_bwd(
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperatures: torch.Tensor | None,
+    row_mask: torch.Tensor | None,
+    scores: list[torch.Tensor],
+    dlogprobs: torch.Tensor | None,
+    dentropy: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+    compact: bool,
+    impl: str,
+    needs_dx: bool,
+    needs_dw: bool,
+    needs_db: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tau = temperature if temperatures is None else temperatures
+    options = Options(tau, logit_scale, softcap, chunk_tokens, compact, impl)
+    x, w, y = hidden_states, lm_head_weight, target_ids
+    grads = (dlogprobs, dentropy, dlse)
+    needs = (needs_dx, needs_dw, needs_db)
+    with op_range(f"{OP}_bwd"), torch.autocast(x.device.type, enabled=False):
+        live = _rows.live_rows(row_mask, *grads)
+        rows = None
+        if compact and not is_capturing():
+            rows = live.nonzero().squeeze(1)  # the one synchronisation
+        if rows is not None and rows.numel() < x.shape[0]:
+            pick = [[None if v is None else v[rows] for v in vs] for vs in (scores, grads)]
+            part, dw, db = backward(x[rows], w, bias, y[rows], *pick, needs, options.of_rows(rows))
+            dx = None
+            if needs_dx:
+                dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+                dx[rows] = part
+        else:
+            if rows is None:  # dead rows enter the GEMMs: selected to 0, since 0 * NaN is not 0
+                x = torch.where(live[:, None], x, 0.0)
+                grads = [None if g is None else torch.where(live, g, 0.0) for g in grads]
+            dx, dw, db = backward(x, w, bias, y, scores, grads, needs, options)
+    nothing = hidden_states.new_empty(0)
+    return tuple(nothing.clone() if g is None else g for g in (dx, dw, db))
+
+
+@_op_bwd.register_fake
+def _(hidden_states, lm_head_weight, target_ids, bias, *args):
+    needs_dx, needs_dw, needs_db = args[-3:]
+    nothing = hidden_states.new_empty(0)
+    return (
+        torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
+        if needs_dx
+        else nothing.clone(),
+        torch.empty(lm_head_weight.shape, dtype=lm_head_weight.dtype, device=hidden_states.device)
+        if needs_dw
+        else nothing.clone(),
+        bias.new_empty(bias.shape) if needs_db else nothing.clone(),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, w, y, bias, temperatures, row_mask, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w, y, bias, temperatures, row_mask, *output)
+    ctx.mark_non_differentiable(output[3])
+    ctx.options = options
+
+
+def _autograd_backward(ctx, *grads):
+    grads = [None if g is None else g.contiguous() for g in grads[:3]]
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+    if not any(needs) or all(g is None for g in grads):
+        return (None,) * 12
+    x, w, y, bias, temperatures, row_mask, *scores = ctx.saved_tensors
+    dx, dw, db = torch.ops.qlkernels.linear_logprob_bwd(
+        x, w, y, bias, temperatures, row_mask, scores, *grads, *ctx.options, *needs
+    )
+    dx, dw, db = (g if n else None for g, n in zip((dx, dw, db), needs, strict=True))
+    return (dx, dw, None, db) + (None,) * 8
+
+
+_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _refuse_double_backward(ctx, *_grads):
+    raise RuntimeError(f"{OP}: double backward is not supported; use linear_logprob_ref for it")
+
+
+_op_bwd.register_autograd(_refuse_double_backward)
+
+# --- public ------------------------------------------------------------------
+
+
+def linear_logprob(
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    row_mask: torch.Tensor | None = None,
+    chunk_tokens: int | None = None,
+    compact: bool = True,
+    validate: bool = False,
+    impl: str = "auto",
+) -> TokenScores:
+    """Log-probability, entropy and log-sum-exp of every token, from hidden states, in nats.
+
+    Equal to ``logprob_entropy(hidden_states @ lm_head_weight.T + bias, target_ids)`` with logits
+    that are accumulated in fp32 and never rounded, but the logits are not stored.
+
+    Args:
+        hidden_states: ``[T, H]`` (or ``[B, S, H]``) bf16, fp16 or fp32, last dim contiguous. Under
+            autocast both operands are cast to its dtype.
+        lm_head_weight: ``[V, H]``, same dtype, last dim contiguous. May be the embedding (tied
+            weights).
+        target_ids: ``[T]`` (or ``[B, S]``) int64, already shifted. Outside ``[0, V)``: raises on
+            the CPU and with ``validate=True``, gives a NaN log-probability on the GPU.
+        bias: ``[V]``, same dtype, or None.
+        temperature: float, or fp32 of the shape of ``target_ids``; positive.
+        logit_scale: multiplies the raw logits (Cohere).
+        softcap: ``c`` in ``c tanh(s r / c)`` (Gemma 2), or None.
+        row_mask: bool, shape of ``target_ids``. Rows where it is False may hold anything, cost
+            nothing and return 0.
+        chunk_tokens: temporaries take the memory of about ``[chunk_tokens, V]`` values, 2 bytes
+            each on the GPU (by default 512 MB in all), 4 on the CPU (64 MB).
+        compact: drop masked rows, and in the backward rows whose upstream gradients are all exactly
+            0, before the GEMMs. Reads one count from the device per pass where there is a mask or a
+            backward. Off under CUDA graph capture.
+        validate: check the targets on the GPU too (synchronises).
+        impl: ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an explicit
+            choice never falls back.
+
+    Returns:
+        ``TokenScores``, fp32, shape of ``target_ids``. Differentiable with respect to
+        ``hidden_states``, ``lm_head_weight`` and ``bias``, each computed only where it is required.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, sharding or value that does not fit, by name.
+        RuntimeError: ``impl`` cannot run here, with the reason.
+    """
+    if isinstance(hidden_states, torch.Tensor) and hidden_states.dim() == 3:
+        B, S, H = hidden_states.shape
+        if tuple(target_ids.shape) != (B, S):
+            raise ValueError(
+                f"{OP}: target_ids is {tuple(target_ids.shape)}, but hidden_states is [B, S, H] = "
+                f"{(B, S, H)}"
+            )
+        scores = linear_logprob(
+            hidden_states.reshape(B * S, H), lm_head_weight, target_ids.reshape(-1), bias=bias,
+            temperature=temperature.reshape(-1)
+            if isinstance(temperature, torch.Tensor) else temperature,
+            logit_scale=logit_scale, softcap=softcap,
+            row_mask=None if row_mask is None else row_mask.reshape(-1),
+            chunk_tokens=chunk_tokens, compact=compact, validate=validate, impl=impl,
+        )  # fmt: skip
+        return TokenScores(*(v.view(B, S) for v in scores))
+    hidden_states, lm_head_weight, bias = _autocast(hidden_states, lm_head_weight, bias)
+    sizes: dict[str, int] = {}
+    _checks.check_shape(OP, "hidden_states", hidden_states, "T H", sizes)
+    _checks.check_unsharded(OP, "lm_head_weight", lm_head_weight)
+    _checks.check_shape(OP, "lm_head_weight", lm_head_weight, "V H", sizes)
+    allowed = DTYPES + ((torch.float64,) if impl == "reference" else ())
+    _checks.check_dtype(OP, "hidden_states", hidden_states, allowed)
+    operands = {"lm_head_weight": lm_head_weight} | ({} if bias is None else {"bias": bias})
+    for name, operand in operands.items():
+        _checks.check_dtype(OP, name, operand, (hidden_states.dtype,))
+        _checks.check_device(OP, name, operand, hidden_states, "hidden_states")
+    if bias is not None:
+        _checks.check_shape(OP, "bias", bias, "V", sizes)
+    _checks.check_last_dim_contiguous(OP, "hidden_states", hidden_states)
+    _checks.check_last_dim_contiguous(OP, "lm_head_weight", lm_head_weight)
+    _checks.check_rows(OP, hidden_states, "hidden_states", target_ids, temperature, row_mask, sizes)
+    _checks.check_scalars(OP, temperature, softcap, logit_scale)
+    V, H = lm_head_weight.shape
+    if V == 0 or H == 0:
+        raise ValueError(f"{OP}: lm_head_weight is [V, H] = {(V, H)}: nothing to multiply")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"{OP}: chunk_tokens must be at least 1, got {chunk_tokens}")
+    if validate or hidden_states.device.type == "cpu":
+        _checks.check_targets(OP, target_ids, row_mask, V)
+
+    blockers = {
+        "triton": why_not_triton(hidden_states),
+        "cpu": _ext.why_not_cpu(hidden_states),
+        "torch": None,
+        "reference": None,
+    }
+    if impl == "auto" and hidden_states.device.type == "cpu":
+        del blockers["triton"]  # on the CPU it would be the interpreter
+    chosen = pick_impl(OP, impl, blockers)
+    if chosen == "reference":
+        return linear_logprob_ref(
+            hidden_states, lm_head_weight, target_ids, bias=bias, temperature=temperature,
+            logit_scale=logit_scale, softcap=softcap, row_mask=row_mask,
+        )  # fmt: skip
+    is_tensor = isinstance(temperature, torch.Tensor)
+    scores = torch.ops.qlkernels.linear_logprob(
+        hidden_states,
+        lm_head_weight,
+        target_ids.contiguous(),
+        None if bias is None else bias.contiguous(),
+        temperature.float().contiguous() if is_tensor else None,
+        None if row_mask is None else row_mask.contiguous(),
+        1.0 if is_tensor else float(temperature),
+        float(logit_scale),
+        softcap,
+        chunk_tokens,
+        compact,
+        chosen,
+    )
+    return TokenScores(*scores[:3])
+
+
+def _autocast(x, w, bias):
+    """Operands in the dtype of an active autocast region; as they are outside."""
+    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x, w, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,226 @@
+"""Forward and backward of each implementation, on packed rows without masks."""
+
+from __future__ import annotations
+
+import torch
+
+from qlkernels import _ext, _rows
+from qlkernels._target import is_interpreting
+from qlkernels._triton import triton
+from qlkernels.linear_logprob.kernels import (
+    DLOGITS_CONFIG,
+    FOLD_CONFIG,
+    MERGE_CONFIG,
+    TARGET_CONFIG,
+    dlogits_kernel,
+    fold_kernel,
+    launch_options,
+    merge_kernel,
+    precision,
+    target_logit_kernel,
+    uses_tma,
+)
+
+# Temporaries at a time where chunk_tokens is not given: a [chunk_tokens, V] block of 2-byte values
+# on the GPU, of 4-byte values on the CPU.
+GPU_WORKSPACE_BYTES = 512 << 20
+CPU_WORKSPACE_BYTES = 64 << 20
+
+
+class Options:
+    """What both passes of one call share. ``temperature`` is a float or fp32 ``[T]``."""
+
+    def __init__(self, temperature, logit_scale, softcap, chunk_tokens, compact, impl):
+        self.temperature = temperature
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.chunk_tokens = chunk_tokens
+        self.compact = compact
+        self.impl = impl
+
+    @property
+    def row_options(self):
+        return self.temperature, self.logit_scale, self.softcap
+
+    def of_rows(self, rows):
+        """The same for a subset of the rows."""
+        part = self.temperature
+        part = part[rows] if isinstance(part, torch.Tensor) else part
+        return Options(
+            part, self.logit_scale, self.softcap, self.chunk_tokens, self.compact, self.impl
+        )
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` in fp32: 16-bit operands are accumulated and returned in fp32, never rounded to 16
+    bits.
+    """
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` with an fp32 ``total``."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def row_chunks(T: int, V: int, chunk_tokens: int | None) -> list[slice]:
+    rows = chunk_tokens or max(1, CPU_WORKSPACE_BYTES // (4 * V))
+    return [slice(start, min(T, start + rows)) for start in range(0, T, rows)]
+
+
+def forward(x, w, bias, target_ids, options):
+    """logprobs, entropy, lse and the target's z, each fp32 ``[T]``; no masks here."""
+    T, V = x.shape[0], w.shape[0]
+    out = tuple(torch.empty(T, dtype=torch.float32, device=x.device) for _ in range(4))
+    if T == 0:
+        return out
+    if options.impl == "triton":
+        _forward_triton(x, w, bias, target_ids, options, out)
+        return out
+    w = w if x.is_cuda else w.float()  # once, not once a chunk
+    in_range = (target_ids >= 0) & (target_ids < V)
+    y = torch.where(in_range, target_ids, 0)
+    for rows in row_chunks(T, V, options.chunk_tokens):
+        r = matmul(x[rows], w.t())
+        if bias is not None:
+            r += bias.float()
+        tau, scale, cap = options.of_rows(rows).row_options
+        if options.impl == "cpu":
+            scores = _ext.logprob_entropy_fwd(r, y[rows], None, tau, cap, scale)
+        else:
+            scores = _rows.fold_rows(r, y[rows], tau, scale, cap)
+        z_y = _rows.scale_and_cap(r.gather(1, y[rows, None]).squeeze(1), scale, cap)
+        for whole, part in zip(out, (*scores, z_y), strict=True):
+            whole[rows] = part
+    out[0][:] = torch.where(in_range, out[0], torch.nan)
+    return out
+
+
+def _forward_triton(x, w, bias, target_ids, options, out):
+    T, H = x.shape
+    V = w.shape[0]
+    tau, scale, cap = options.row_options
+    use_tma = uses_tma(x, w)
+    flags = dict(HAS_BIAS=bias is not None, HAS_SOFTCAP=cap is not None)
+    per_row = dict(HAS_TEMPERATURE=isinstance(tau, torch.Tensor))
+    block_t, block_h, warps, stages = TARGET_CONFIG[x.element_size()]
+    if is_interpreting():
+        block_t, block_h = 16, 16
+    target_logit_kernel[(triton.cdiv(T, block_t),)](
+        x, w, bias, target_ids, out[3], x.stride(0), w.stride(0), T, V, H, scale, cap or 0.0,
+        **flags, UPCAST=is_interpreting(), PRECISION=precision(x), BLOCK_T=block_t,
+        BLOCK_H=block_h, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
+    block_v = launch_options(FOLD_CONFIG, x, w, False)[1]["BLOCK_V"]
+    n_parts = -(-V // block_v)
+    # three fp32 parts a row and tile, in the memory of [chunk, V] 2-byte values
+    step = max(1, chunk * V // (6 * n_parts))
+    for start in range(0, T, step):
+        rows = slice(start, min(T, start + step))
+        n = rows.stop - rows.start
+        tau, _, _ = options.of_rows(rows).row_options
+        taus = tau if per_row["HAS_TEMPERATURE"] else None
+        tau = 1.0 if per_row["HAS_TEMPERATURE"] else tau
+        parts = torch.empty(3, n_parts, n, dtype=torch.float32, device=x.device)
+        operands, launch = launch_options(FOLD_CONFIG, x[rows], w, use_tma)
+        fold_kernel[(launch["NUM_PROGRAMS"],)](
+            *operands, bias, taus, *parts, x.stride(0), w.stride(0), n, V, H, tau, scale,
+            cap or 0.0, **flags, **per_row, EVEN_V=V % block_v == 0, **launch,
+        )  # fmt: skip
+        block_t, block_n = MERGE_CONFIG
+        merge_kernel[(triton.cdiv(n, block_t),)](
+            *parts, target_ids[rows], taus, out[3][rows], *(o[rows] for o in out[:3]),
+            n, V, n_parts, tau, **per_row, BLOCK_T=block_t, BLOCK_N=block_n, num_warps=4,
+        )  # fmt: skip
+
+
+def backward(x, w, bias, target_ids, scores, grads, needs, options):
+    """(dx, dw, db), each None where ``needs`` says so. ``scores`` ends with the target's z."""
+    needs_dx, needs_dw, needs_db = needs
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs_dx else None
+    db = torch.zeros(w.shape[0], dtype=torch.float32, device=x.device) if needs_db else None
+    if x.shape[0] == 0:
+        dw = torch.zeros_like(w) if needs_dw else None
+    elif options.impl == "triton":
+        dw = _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options)
+    else:
+        dw = _backward_chunks(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options)
+    return (
+        None if dx is None else dx.to(x.dtype),
+        None if dw is None else dw.to(w.dtype),
+        None if db is None else db.to(bias.dtype),
+    )
+
+
+def _backward_chunks(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options):
+    """Rows in chunks: logits again, dR over them, dx of the chunk, dw accumulated in fp32."""
+    V = w.shape[0]
+    w = w if x.is_cuda else w.float()
+    dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if needs_dw else None
+    y = torch.where((target_ids >= 0) & (target_ids < V), target_ids, 0)
+    for rows in row_chunks(x.shape[0], V, options.chunk_tokens):
+        r = matmul(x[rows], w.t())
+        if bias is not None:
+            r += bias.float()
+        tau, scale, cap = options.of_rows(rows).row_options
+        logprobs, entropy, lse, _ = (s[rows] for s in scores)
+        g = [None if v is None else v[rows] for v in grads]
+        if options.impl == "cpu":
+            dr = r
+            _ext.logprob_entropy_bwd(r, y[rows], None, tau, cap, scale, entropy, lse, *g, dr)
+        else:
+            dr = _rows.row_gradient(r, y[rows], tau, scale, cap, logprobs, entropy, lse, *g)
+            live = _rows.live_rows(None, *g)
+            dr = torch.where(live[:, None], dr, 0.0)
+        dr = dr.to(x.dtype) if x.is_cuda else dr
+        if dx is not None:
+            dx[rows] = matmul(dr, w)
+        if dw is not None:
+            add_matmul(dw, dr.t(), x[rows])
+        if db is not None:
+            db += dr.sum(dim=0, dtype=torch.float32)
+    return dw
+
+
+def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options):
+    """Blocks of the vocabulary: dR of one block, its slice of dw written once, dx accumulated in
+    fp32.
+    """
+    T, H = x.shape
+    V = w.shape[0]
+    tau, scale, cap = options.row_options
+    has_taus = isinstance(tau, torch.Tensor)
+    logprobs, entropy, lse, target_z = scores
+    use_tma = uses_tma(x, w)
+    tile = launch_options(DLOGITS_CONFIG, x, w, False)[1]["BLOCK_V"]
+    chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
+    # as many values as a [chunk, V] block holds, in whole tiles
+    width = min(-(-V // tile) * tile, max(tile, chunk * V // T // tile * tile))
+    dw = torch.empty_like(w) if needs_dw else None
+    block = torch.empty(T, width, dtype=x.dtype, device=x.device)
+    for first in range(0, V, width):
+        columns = slice(first, min(V, first + width))
+        n = columns.stop - first
+        operands, launch = launch_options(DLOGITS_CONFIG, x, w[columns], use_tma)
+        dlogits_kernel[(launch["NUM_PROGRAMS"],)](
+            *operands, None if bias is None else bias[columns], target_ids,
+            tau if has_taus else None, target_z, logprobs, entropy, lse, *grads, block,
+            x.stride(0), w.stride(0), block.stride(0), T, n, H, first, 1.0 if has_taus else tau,
+            scale, cap or 0.0, HAS_BIAS=bias is not None, HAS_TEMPERATURE=has_taus,
+            HAS_SOFTCAP=cap is not None, HAS_DLOGPROBS=grads[0] is not None,
+            HAS_DENTROPY=grads[1] is not None, HAS_DLSE=grads[2] is not None, **launch,
+        )  # fmt: skip
+        dr = block[:, :n]
+        if dx is not None:
+            add_matmul(dx, dr, w[columns])
+        if dw is not None:
+            dw[columns] = matmul(dr.t(), x) if not x.is_cuda else torch.mm(dr.t(), x)
+        if db is not None:
+            db[columns] = dr.sum(dim=0, dtype=torch.float32)
+    return dw
