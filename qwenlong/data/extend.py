@@ -170,12 +170,17 @@ class Extender:
         return _HEADER_TOKENS + (len(title) + 2) // 3
 
     def _target(self, used: int, rng: np.random.Generator) -> int:
-        """A length by weight among those that hold the evidence, else the longest."""
+        """A length by weight among those that hold the evidence and that the pool can fill.
+
+        The shortest that holds the evidence where the pool fills none, the longest where none holds
+        it: ``verify`` judges what came out.
+        """
         lengths = sorted(self.config.lengths)
         draw = rng.random()
-        fitting = [n for n in lengths if n >= used and self.config.lengths[n] > 0]
+        most = used + 0.9 * float(self.pool.n_tokens.sum())  # a small pool fills no long context
+        fitting = [n for n in lengths if used <= n <= most and self.config.lengths[n] > 0]
         if not fitting:
-            return lengths[-1]
+            return next((n for n in lengths if n >= used), lengths[-1])
         weights = np.array([self.config.lengths[n] for n in fitting])
         place = np.searchsorted(np.cumsum(weights) / weights.sum(), draw, side="right")
         return fitting[min(int(place), len(fitting) - 1)]

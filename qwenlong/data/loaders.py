@@ -26,6 +26,7 @@ from typing import Any
 
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.recipe import SourceConfig
+from qwenlong.errors import InputError
 
 FILE_UNIT_BYTES = 2_000_000
 FILE_UNIT_COUNT = 64
@@ -63,7 +64,7 @@ def list_units(source: SourceConfig) -> Iterator[dict[str, Any]]:
     unit.
 
     Raises:
-        ValueError: the path does not exist, or no file below it matches.
+        InputError: the path does not exist, or no file below it matches.
     """
     if source.kind == "builtin":
         function = builtin_loader(source.loader)
@@ -72,7 +73,7 @@ def list_units(source: SourceConfig) -> Iterator[dict[str, Any]]:
         return
     root = source_path(source)
     if not root.exists():
-        raise ValueError(f"source {source.name!r}: {root} does not exist")
+        raise InputError(f"source {source.name!r}: {root} does not exist")
     found = False
     batch: list[list] = []
     for path, size, changed in _walk(root, source):
@@ -92,7 +93,7 @@ def list_units(source: SourceConfig) -> Iterator[dict[str, Any]]:
         yield {"source": source.name, "files": batch}
     if not found:
         patterns = source.include or _PATTERNS[source.kind]
-        raise ValueError(f"source {source.name!r}: no file below {root} matches {patterns}")
+        raise InputError(f"source {source.name!r}: no file below {root} matches {patterns}")
 
 
 def source_path(source: SourceConfig) -> Path:
@@ -161,6 +162,8 @@ def load_unit(source: SourceConfig, unit: dict[str, Any]) -> Iterator[SourceDocu
                     kind="text" if source.kind == "jsonl" else _DOCUMENT_KIND[source.kind],
                     meta={"path": relative, **meta},
                 )
+        except InputError:
+            raise
         except (OSError, ValueError, SyntaxError, RecursionError, csv.Error) as error:
             yield LoadFailure(relative, f"{type(error).__name__}: {error}")
 
@@ -233,7 +236,7 @@ def _load_pdf(path: Path, source: SourceConfig) -> _Loaded:
         import pypdf
         import pypdf.errors
     except ImportError:
-        raise RuntimeError("source kind 'pdf' needs a package: pip install pypdf") from None
+        raise InputError("source kind 'pdf' needs a package: pip install pypdf") from None
     try:
         reader = pypdf.PdfReader(path)
         pages = [page.extract_text() for page in reader.pages]
@@ -255,7 +258,7 @@ def _load_parquet(path: Path, source: SourceConfig) -> _Loaded:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise RuntimeError("source kind 'parquet' needs a package: pip install pyarrow") from None
+        raise InputError("source kind 'parquet' needs a package: pip install pyarrow") from None
     file = pyarrow.parquet.ParquetFile(path)
     rows = (
         ["" if value is None else str(value) for value in row.values()]
@@ -467,8 +470,8 @@ def import_function(path: str, what: str) -> Callable:
     """The function at ``module:function``; an error says what it was for."""
     module, _, function = path.partition(":")
     if not function:
-        raise ValueError(f"{what} {path!r} is unknown; name one that exists or 'module:function'")
+        raise InputError(f"{what} {path!r} is unknown; name one that exists or 'module:function'")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what} {path!r} cannot be imported: {error}") from None
+        raise InputError(f"{what} {path!r} cannot be imported: {error}") from None

@@ -15,6 +15,8 @@ from typing import Any
 
 from rapidfuzz import fuzz, process
 
+from qwenlong.errors import InputError
+
 SOURCE_KINDS = (
     "text",
     "markdown",
@@ -52,17 +54,17 @@ class SourceConfig:
 
     def __post_init__(self):
         if self.kind not in SOURCE_KINDS:
-            raise ValueError(
+            raise InputError(
                 f"source {self.name!r}: kind is {self.kind!r}, not one of {SOURCE_KINDS}"
             )
         if self.kind == "builtin" and not self.loader:
-            raise ValueError(f"source {self.name!r}: kind 'builtin' needs 'loader'")
+            raise InputError(f"source {self.name!r}: kind 'builtin' needs 'loader'")
         if self.kind != "builtin" and not self.path:
-            raise ValueError(f"source {self.name!r}: kind {self.kind!r} needs 'path'")
+            raise InputError(f"source {self.name!r}: kind {self.kind!r} needs 'path'")
         if self.near_duplicates not in ("drop", "keep"):
-            raise ValueError(f"source {self.name!r}: near_duplicates is 'drop' or 'keep'")
+            raise InputError(f"source {self.name!r}: near_duplicates is 'drop' or 'keep'")
         if self.rows_per_document < 1:
-            raise ValueError(f"source {self.name!r}: rows_per_document must be at least 1")
+            raise InputError(f"source {self.name!r}: rows_per_document must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class RouteConfig:
 
     def __post_init__(self):
         if self.limit < 0 or self.group_documents < 1:
-            raise ValueError(f"route {self.route!r}: limit and group_documents must be positive")
+            raise InputError(f"route {self.route!r}: limit and group_documents must be positive")
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,11 @@ class ExtendConfig:
         lengths = {int(n): float(weight) for n, weight in self.lengths.items()}
         weights = lengths.values()
         if not lengths or min(lengths) < 1 or min(weights) < 0 or not any(weights):
-            raise ValueError("extend.lengths maps positive token counts to weights, not all 0")
+            raise InputError("extend.lengths maps positive token counts to weights, not all 0")
         object.__setattr__(self, "lengths", lengths)
         for name in ("hard_share", "spread_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"extend.{name} must lie in [0, 1]")
+                raise InputError(f"extend.{name} must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class ModelConfig:
 
     def __post_init__(self):
         if not self.scripted and not (self.base_url and self.model):
-            raise ValueError("model: give 'base_url' and 'model', or 'scripted'")
+            raise InputError("model: give 'base_url' and 'model', or 'scripted'")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class VerifyConfig:
 
     def __post_init__(self):
         if self.k < 1:
-            raise ValueError("verify.k must be at least 1")
+            raise InputError("verify.k must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -180,13 +182,13 @@ class Recipe:
     def __post_init__(self):
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
-            raise ValueError(f"recipe: source names are not unique: {names}")
+            raise InputError(f"recipe: source names are not unique: {names}")
         if not names:
-            raise ValueError("recipe: 'sources' is empty")
+            raise InputError("recipe: 'sources' is empty")
         for route in self.routes:
             for name in route.sources:
                 if name not in names:
-                    raise ValueError(_unknown(f"route {route.route!r}: source", name, names))
+                    raise InputError(_unknown(f"route {route.route!r}: source", name, names))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -212,15 +214,15 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"recipe {path} does not exist") from None
+        raise InputError(f"recipe {path} does not exist") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"recipe {path} must be a mapping of keys")
+        raise InputError(f"recipe {path} must be a mapping of keys")
     try:
         recipe = recipe_from_json(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return resolve_paths(recipe, path.parent)
 
 
@@ -250,12 +252,12 @@ def _unknown(what: str, name: str, known: list[str]) -> str:
 
 def _build(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise ValueError(f"{where} must be a mapping, got {type(raw).__name__}")
+        raise InputError(f"{where} must be a mapping, got {type(raw).__name__}")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     for key in raw:
         if key not in known:
-            raise ValueError(_unknown(f"{where}: key", str(key), known))
+            raise InputError(_unknown(f"{where}: key", str(key), known))
     required = [
         f.name
         for f in dataclasses.fields(cls)
@@ -263,7 +265,7 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     ]
     for name in required:
         if name not in raw:
-            raise ValueError(f"{where}: key {name!r} is missing")
+            raise InputError(f"{where}: key {name!r} is missing")
     values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in raw.items()}
     return cls(**values)
 
@@ -278,16 +280,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _build(hint, value, where)
     if origin is list:
         if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, got {type(value).__name__}")
+            raise InputError(f"{where} must be a list, got {type(value).__name__}")
         return [_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {type(value).__name__}")
+            raise InputError(f"{where} must be a mapping, got {type(value).__name__}")
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is not Any and (
         not isinstance(value, hint) or isinstance(value, bool) != (hint is bool)
     ):
-        raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
+        raise InputError(f"{where} must be {hint.__name__}, got {value!r}")
     return value

@@ -10,6 +10,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,36 @@ def index_row(
     key = int.from_bytes(sha[:8], "little")
     is_eval = document.split == "eval"
     return key, sha, part, offset, length, n_tokens, source, is_eval
+
+
+class Texts:
+    """Texts by sha256: of the corpus, or of the evidence texts that a route wrote itself."""
+
+    def __init__(self, store: DocumentStore, files: Iterable[Path]):
+        self._store = store
+        self._places: dict[str, tuple[Path, int, int]] = {}
+        for path in files:
+            offset = 0
+            with open(path, "rb") as file:
+                for line in file:
+                    sha = json.loads(line)["sha256"]
+                    self._places.setdefault(sha, (path, offset, len(line)))
+                    offset += len(line)
+
+    def resolve(self, sha: str) -> str:
+        """The text of ``sha``. Raises ``KeyError`` where nobody has it."""
+        number = self._store.find(sha)
+        if number is not None:
+            return self._store.text(number)
+        path, offset, length = self._places[sha]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return json.loads(file.read(length))["text"]
+
+    def normalised(self, sha: str) -> str:
+        """``leaks.normalise`` of the text."""
+        number = self._store.find(sha)
+        return normalise(self.resolve(sha)) if number is None else self._store.normalised(number)
 
 
 def part_name(part: int) -> str:

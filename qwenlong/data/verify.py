@@ -147,8 +147,8 @@ def check_length(sample: Sample) -> dict[str, Any]:
 
 def find_duplicates(
     samples: Iterable[Sample], similarity: float, *, window: int = 64
-) -> dict[str, str]:
-    """Ids of samples that ask what an earlier one asks -> id of the earlier one.
+) -> dict[int, str]:
+    """Position of every sample that asks what an earlier one asks -> id of the earlier one.
 
     Two samples ask the same if their questions are equal but for case, spacing and punctuation and
     they share an answer or an evidence document; or if they share an answer and every name and
@@ -159,8 +159,8 @@ def find_duplicates(
     """
     exact: dict[str, str] = {}
     by_content: dict[tuple, list[tuple[str, str]]] = {}
-    duplicates: dict[str, str] = {}
-    for sample in samples:
+    duplicates: dict[int, str] = {}
+    for position, sample in enumerate(samples):
         question = "".join(c if c.isalnum() else " " for c in normalise(sample.question))
         question = " ".join(question.split())
         answer = tuple(sorted(map(normalise, sample.answers)))
@@ -178,7 +178,7 @@ def find_duplicates(
                     earlier = other_id
                     break
         if earlier is not None:
-            duplicates[sample.id] = earlier
+            duplicates[position] = earlier
             continue
         for key in keys:
             exact.setdefault(key, sample.id)

@@ -23,6 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from qwenlong.errors import InputError
 from qwenlong.storage import read_jsonl, write_json
 
 
@@ -40,7 +41,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(
+            raise InputError(
                 f"{folder} is in use by another run; wait for it or choose another --out"
             ) from None
         yield
@@ -100,39 +101,50 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
 
 
-def run_jobs(
-    function: Callable[[Any], Any],
-    jobs: Iterable[Any],
-    *,
-    workers: int,
-    on_done: Callable[[Any], None] = lambda result: None,
-) -> None:
-    """Call ``function`` for every job, in ``workers`` processes (1: in this one), a few in flight.
+class Workers:
+    """Processes that run jobs, started at the first use and kept until the ``with`` block ends."""
 
-    Jobs are drawn lazily. The first exception cancels what has not started and is raised.
-    """
-    if workers <= 1:
-        for job in jobs:
-            on_done(function(job))
-        return
-    # spawn: a forked child would inherit threads' locks, and the parent may have started threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),)) as pool:
+    def __init__(self, count: int):
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        jobs: Iterable[Any],
+        on_done: Callable[[Any], None] = lambda result: None,
+    ) -> None:
+        """Call ``function`` for every job, a few in flight; with one worker in this process.
+
+        Jobs are drawn lazily. The first exception cancels what has not started and is raised.
+        """
+        if self.count <= 1:
+            for job in jobs:
+                on_done(function(job))
+            return
+        if self._pool is None:
+            # spawn: a forked child would inherit the locks of threads that it does not have.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count, context, _start_worker, (os.getpid(),))
         pending: set = set()
         try:
             for job in jobs:
-                pending.add(pool.submit(function, job))
-                if len(pending) >= 2 * workers:
+                pending.add(self._pool.submit(function, job))
+                if len(pending) >= 2 * self.count:
                     finished, pending = wait(pending, return_when=FIRST_COMPLETED)
                     for future in finished:
                         on_done(future.result())
             for future in pending:
                 on_done(future.result())
         except BrokenProcessPool:
-            raise RuntimeError(
+            raise InputError(
                 "a worker process died (killed, or out of memory); run the same command again to "
                 "continue, with fewer --workers if memory is short"
             ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,102 @@
+"""The routes by name, and the model that some of them and some filters ask.
+
+A route is a function ``(documents, *, seed, limit, **options) -> Iterator[Sample]``; one that takes
+``client`` gets the recipe's model, or None. Its samples hold evidence documents alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenlong.data.documents import SourceDocument
+from qwenlong.data.loaders import import_function
+from qwenlong.data.recipe import ModelConfig, RouteConfig
+from qwenlong.errors import InputError
+from qwenlong.prompts import Message
+from qwenlong.types import Sample
+
+if TYPE_CHECKING:
+    from qwenlong.llm import Client
+
+ROUTES = {
+    "multihop": "qwenlong.data.graph:multihop_samples",
+    "choice": "qwenlong.data.text_tasks:choice_samples",
+    "reading": "qwenlong.data.text_tasks:reading_samples",
+    "dialogue": "qwenlong.data.text_tasks:dialogue_samples",
+    "tables": "qwenlong.data.table_questions:table_samples",
+    "evolve": "qwenlong.data.evolve:evolve_samples",
+}
+
+
+def route_samples(
+    route: RouteConfig,
+    documents: Sequence[SourceDocument],
+    *,
+    seed: int,
+    limit: int,
+    client: Client | None,
+) -> Iterator[Sample]:
+    """Run one route. ``route.route`` is a name of ``ROUTES`` or ``module:function``."""
+    function = import_function(ROUTES.get(route.route, route.route), "route")
+    options: dict[str, Any] = dict(route.options)
+    parameters = inspect.signature(function).parameters
+    if "client" in parameters:
+        if client is None and parameters["client"].default is inspect.Parameter.empty:
+            raise InputError(f"route {route.route!r} asks a model; give the recipe a 'model'")
+        options["client"] = client
+    for name in route.options:
+        if name not in parameters:
+            raise InputError(
+                f"route {route.route!r} has no option {name!r}; it has {sorted(parameters)}"
+            )
+    return function(documents, seed=seed, limit=limit, **options)
+
+
+def route_code(route: RouteConfig) -> str:
+    """A hash of the module that a route lives in, for a stage's key."""
+    function = import_function(ROUTES.get(route.route, route.route), "route")
+    source = Path(importlib.import_module(function.__module__).__file__).read_bytes()
+    return hashlib.sha256(source).hexdigest()[:16]
+
+
+# --- model -------------------------------------------------------------------
+
+
+def open_client(config: ModelConfig, cache: Path, *, share: int = 1) -> Client:
+    """The client of a recipe's model; its answers are kept in ``cache``.
+
+    Args:
+        share: how many processes divide ``config.concurrency`` among them.
+    """
+    prices = (config.usd_per_million_prompt_tokens, config.usd_per_million_completion_tokens)
+    options = {
+        "cache": cache,
+        "max_concurrency": max(1, config.concurrency // share),
+        "prices": prices,
+    }
+    if config.scripted:
+        return import_function(config.scripted, "scripted model")(**options)
+    from qwenlong.llm import ChatClient
+
+    api_key = os.environ.get(config.api_key_env)
+    return ChatClient(config.base_url, model=config.model, api_key=api_key, **options)
+
+
+class ModelAsker:
+    """``k`` answers of a client to one prompt."""
+
+    def __init__(self, client: Client, *, temperature: float, max_tokens: int):
+        self.name = client.model
+        self._client, self._temperature, self._max_tokens = client, temperature, max_tokens
+
+    def __call__(self, messages: list[Message], k: int) -> list[str]:
+        from qwenlong.llm import Request
+
+        request = Request.chat(messages, temperature=self._temperature, max_tokens=self._max_tokens)
+        return [completion.text for completion in self._client.sample(request, k)]
