@@ -6,6 +6,7 @@ client.generate(Request.chat([{"role": "user", "content": "Hello"}], max_tokens=
 
 from qwenlong.llm.base import Client, Totals
 from qwenlong.llm.cache import CallCache
+from qwenlong.llm.embedded import EmbeddedClient
 from qwenlong.llm.limits import RetryPolicy, VirtualTime, WallTime
 from qwenlong.llm.openai_client import ChatClient
 from qwenlong.llm.records import (

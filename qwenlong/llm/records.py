@@ -23,6 +23,16 @@ class Sampling:
     logprobs: bool = False  # nats, of the sampled tokens
     extra_body: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"Sampling: temperature is {self.temperature}; it must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"Sampling: top_p is {self.top_p}; it must be in (0, 1]")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"Sampling: max_tokens is {self.max_tokens}; it must be at least 1")
+        if isinstance(self.stop, str):
+            raise ValueError(f"Sampling: stop is the string {self.stop!r}; pass a tuple of strings")
+
 
 @dataclass(frozen=True)
 class Request:

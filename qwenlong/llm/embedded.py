@@ -1,0 +1,234 @@
+"""A transformers model in this process: for laptops and for small models, no server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenlong.llm.base import Client
+from qwenlong.llm.records import Completion, Request, RequestRefused
+
+if TYPE_CHECKING:
+    import torch
+
+_STOP_TAIL = 16  # tokens beyond a stop string's own length that are decoded to find it
+
+
+class EmbeddedClient(Client):
+    """Answers with a causal language model of transformers.
+
+    Requests that wait at the same time are generated as one batch, left-padded. Every request has
+    a random generator of its own (its seed plus ``sample_index``; without a seed, one derived from
+    its content), so what it draws does not depend on its neighbours, up to the rounding of a padded
+    batch. ``logprobs`` are of the temperature-scaled, untruncated distribution (temperature 1 where
+    it is 0). ``extra_body={"chat_template_kwargs": {...}}`` reaches the chat template.
+
+    Args:
+        model: a ``PreTrainedModel``, or a folder or hub name.
+        tokenizer: of the model; default the one beside it.
+        batch_size: requests generated together.
+        name: goes into cache keys; default the folder or hub name.
+        **options: of ``Client``; ``max_concurrency`` defaults to ``2 * batch_size``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 8,
+        name: str | None = None,
+        **options: Any,
+    ):
+        if isinstance(model, (str, Path)):
+            from transformers import AutoModelForCausalLM
+
+            name = name or str(model)
+            model = AutoModelForCausalLM.from_pretrained(model)
+        name = name or model.config.name_or_path
+        if options.get("cache") is not None and not name:
+            raise ValueError("EmbeddedClient: a cache needs name=, which tells models apart")
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        options.setdefault("max_concurrency", 2 * batch_size)
+        super().__init__(model=name, **options)
+        self._network, self._tokenizer = model.eval(), tokenizer
+        self._batch_size = batch_size
+        eos = model.generation_config.eos_token_id
+        self._eos = set(eos) if isinstance(eos, list) else {eos, tokenizer.eos_token_id}
+        self._waiting: list[tuple[Request, asyncio.Future[Completion]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def _attempt(self, request: Request, n: int) -> list[Completion]:
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return [await future]
+
+    async def _work(self) -> None:
+        await asyncio.sleep(0)  # requests of the same moment join the first batch
+        while self._waiting:
+            batch, self._waiting = (
+                self._waiting[: self._batch_size],
+                self._waiting[self._batch_size :],
+            )
+            requests, futures, prompts = [], [], []
+            for request, future in batch:
+                if future.done():  # cancelled while it waited
+                    continue
+                try:
+                    prompts.append(self._prompt_ids(request))
+                except Exception as error:  # the caller's to see, and no reason to stop the others
+                    future.set_exception(error)
+                else:
+                    requests.append(request)
+                    futures.append(future)
+            try:
+                results: list[Any] = await asyncio.to_thread(self._generate, requests, prompts)
+            except Exception as error:
+                results = [error] * len(futures)
+            for future, result in zip(futures, results, strict=True):
+                if future.done():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        if request.messages is not None:
+            kwargs = request.sampling.extra_body.get("chat_template_kwargs", {})
+            text = self._tokenizer.apply_chat_template(
+                [dict(m) for m in request.messages],
+                add_generation_prompt=True,
+                tokenize=False,
+                **kwargs,
+            )
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        elif isinstance(request.prompt, str):
+            ids = self._tokenizer(request.prompt)["input_ids"]
+        else:
+            ids = list(request.prompt)
+        if not ids:
+            raise RequestRefused(f"{self.model}: the prompt has no tokens")
+        if len(ids) >= self._context:
+            raise RequestRefused(
+                f"{self.model}: the prompt has {len(ids)} tokens, the model's context is "
+                f"{self._context}",
+                status=400,
+            )
+        return ids
+
+    @property
+    def _context(self) -> int:
+        return self._network.config.get_text_config().max_position_embeddings
+
+    def _seed(self, request: Request) -> int:
+        if request.sampling.seed is not None:
+            return request.sampling.seed + request.sample_index
+        return int(request.key(self.model, self.namespace)[:15], 16)
+
+    def _generate(self, requests: list[Request], prompts: list[list[int]]) -> list[Completion]:
+        import torch
+
+        if not requests:
+            return []
+        device = self._network.device
+        width = max(map(len, prompts))
+        pad = self._tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        rows = [
+            _Row(r, self._seed(r), self._context - len(p), self._tokenizer, self._eos)
+            for r, p in zip(requests, prompts, strict=True)
+        ]
+        cache = None
+        with torch.inference_mode():
+            while True:
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                out = self._network(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = out.past_key_values
+                logits = out.logits[:, -1].float().cpu()  # [batch, V]
+                tokens = [row.step(logits[i]) for i, row in enumerate(rows)]
+                if all(row.finish_reason for row in rows):
+                    return [row.completion(len(p)) for row, p in zip(rows, prompts, strict=True)]
+                ids = torch.tensor(tokens, device=device).unsqueeze(1)
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+
+
+class _Row:
+    """One answer that is being written."""
+
+    def __init__(self, request: Request, seed: int, room: int, tokenizer: Any, eos: set[int]):
+        import torch
+
+        self.sampling = request.sampling
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        limit = self.sampling.max_tokens
+        self.limit = room if limit is None else min(limit, room)
+        self.tokenizer, self.eos = tokenizer, eos
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text_end: int | None = None  # where a stop string begins
+        self.finish_reason = ""
+
+    def step(self, logits: torch.Tensor) -> int:
+        """Choose the next token from ``logits [V]``. A finished row repeats its last one."""
+        if self.finish_reason:
+            return self.ids[-1]
+        scaled = logits / (self.sampling.temperature or 1.0)
+        logprobs = scaled.log_softmax(-1)  # [V]
+        token = self._choose(logits, logprobs)
+        self.ids.append(token)
+        self.logprobs.append(logprobs[token].item())
+        if token in self.eos or self._found_stop():
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.limit:
+            self.finish_reason = "length"
+        return token
+
+    def _choose(self, logits: torch.Tensor, logprobs: torch.Tensor) -> int:
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        probs = logprobs.exp()
+        if self.sampling.top_p < 1.0:
+            ordered, order = probs.sort(descending=True, stable=True)
+            # The smallest set that reaches top_p: what stands before a token decides on it.
+            outside = ordered.cumsum(0) - ordered >= self.sampling.top_p
+            probs = probs.index_fill(0, order[outside], 0.0)
+        return int(probs.multinomial(1, generator=self.generator))
+
+    def _found_stop(self) -> bool:
+        if not self.sampling.stop:
+            return False
+        longest = max(map(len, self.sampling.stop))
+        tail = self._decode(self.ids[-(longest + _STOP_TAIL) :])
+        if not any(stop in tail for stop in self.sampling.stop):
+            return False
+        text = self._decode(self.ids)
+        self.text_end = min(text.find(stop) for stop in self.sampling.stop if stop in text)
+        return True
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def completion(self, prompt_tokens: int) -> Completion:
+        return Completion(
+            text=self._decode(self.ids)[: self.text_end],
+            finish_reason=self.finish_reason,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(self.ids),
+            logprobs=tuple(self.logprobs) if self.sampling.logprobs else None,
+            token_ids=tuple(self.ids),
+        )

@@ -1,0 +1,134 @@
+"""The embedded client against transformers' own generate, on a tiny random model."""
+
+import asyncio
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+from qwenlong.llm import EmbeddedClient, Request, RequestRefused  # noqa: E402
+
+WORDS = [f"w{i}" for i in range(60)]
+CONTEXT = 64
+
+
+def make_tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", "user:", *WORDS])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}user: {{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=1,
+        bos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.6,
+    )
+    return transformers.LlamaForCausalLM(config).eval(), make_tokenizer()
+
+
+@pytest.fixture
+def client(parts):
+    with EmbeddedClient(*parts, name="tiny", batch_size=4) as client:
+        yield client
+
+
+PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10", "w11 w12"]
+
+
+def test_greedy_batch_equals_transformers_one_by_one(client, parts):
+    model, tokenizer = parts
+    requests = [Request.completion(p, max_tokens=8, logprobs=True) for p in PROMPTS]
+    answers = dict(client.iter_many(requests))
+    for i, prompt in enumerate(PROMPTS):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        expected = out[0, ids.shape[1] :].tolist()
+        assert list(answers[i].token_ids) == expected
+        assert answers[i].prompt_tokens == ids.shape[1]
+        with torch.no_grad():
+            logprobs = model(out).logits.log_softmax(-1)[0, ids.shape[1] - 1 : -1]
+        wanted = logprobs.gather(1, torch.tensor(expected)[:, None]).flatten()
+        torch.testing.assert_close(torch.tensor(answers[i].logprobs), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_samples_repeat_and_do_not_depend_on_neighbours(client):
+    options = {"temperature": 1.3, "top_p": 0.9, "max_tokens": 12}
+    alone = [client.sample(Request.completion(p, **options), 3) for p in PROMPTS]
+    requests = [Request.completion(p, sample_index=i, **options) for p in PROMPTS for i in range(3)]
+    together = [c for _, c in sorted(client.iter_many(requests))]
+    assert [c.token_ids for group in alone for c in group] == [c.token_ids for c in together]
+    assert len({c.token_ids for c in alone[0]}) > 1
+    seeded = client.sample(Request.completion("w1", seed=5, **options), 2)
+    assert seeded[1] == client.generate(Request.completion("w1", seed=6, **options))
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it(client, parts):
+    model, tokenizer = parts
+    with torch.no_grad():
+        probs = model(tokenizer("w3", return_tensors="pt")["input_ids"]).logits[0, -1].softmax(-1)
+    ordered, order = probs.sort(descending=True)
+    size = next(k for k in range(1, 65) if ordered[:k].sum() >= 0.5)
+    request = Request.completion("w3", temperature=1.0, top_p=0.5, max_tokens=1, logprobs=True)
+    drawn = client.sample(request, 60)
+    assert {c.token_ids[0] for c in drawn} <= set(order[:size].tolist())
+    for c in drawn[:5]:  # of the untruncated distribution
+        assert math.exp(c.logprobs[0]) == pytest.approx(probs[c.token_ids[0]].item(), rel=1e-4)
+
+
+def test_stop_string_cuts_the_text(client):
+    whole = client.generate(Request.completion("w1 w2 w3", max_tokens=8)).text.split()
+    cut = client.generate(Request.completion("w1 w2 w3", max_tokens=8, stop=(whole[3],)))
+    assert cut.text.split() == whole[: whole.index(whole[3])] and cut.finish_reason == "stop"
+
+
+def test_chat_template_length_limit_and_too_long_prompt(client):
+    answer = client.generate(Request.chat([{"role": "user", "content": "w1 w2"}], max_tokens=3))
+    assert answer.prompt_tokens == 3 and answer.completion_tokens <= 3
+    long = Request.completion(" ".join(["w1"] * (CONTEXT - 2)))
+    assert client.generate(long).completion_tokens <= 2  # no limit given: the context is full
+    with pytest.raises(RequestRefused, match="context is 64"):
+        client.generate(Request.completion(" ".join(["w1"] * CONTEXT)))
+    with pytest.raises(RequestRefused, match="no tokens"):
+        client.generate(Request.completion([]))
+
+
+def test_a_broken_request_leaves_its_batch_alone(client):
+    good = Request.completion("w1", max_tokens=2)
+    bad = Request.completion([10**9], max_tokens=2)  # no such token
+
+    async def both():
+        return await asyncio.gather(
+            client.agenerate(Request.completion([], max_tokens=2)),
+            client.agenerate(good),
+            return_exceptions=True,
+        )
+
+    refused, answered = asyncio.run(both())
+    assert isinstance(refused, RequestRefused) and answered.completion_tokens >= 1
+    with pytest.raises(IndexError):
+        client.generate(bad)
+    assert client.generate(good) == answered
+
+
+def test_cache_needs_a_name(parts, tmp_path):
+    with pytest.raises(ValueError, match="needs name="):
+        EmbeddedClient(*parts, cache=tmp_path)
