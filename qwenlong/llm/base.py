@@ -43,10 +43,6 @@ class Totals:
     saved_completion_tokens: int = 0
 
 
-class _Abandoned(Exception):
-    """The task that was asking was cancelled: whoever waited for it asks itself."""
-
-
 class Client:
     """Base of the clients. A subclass answers ``_attempt``.
 
@@ -190,7 +186,8 @@ class Client:
         keys = [r.key(self.model, self.namespace) for r in requests]
         answers: dict[str, Completion] = {}
         while len(answers) < n:
-            mine, others = [], []
+            mine: dict[str, Request] = {}
+            others: list[asyncio.Future[None]] = []
             for key, one in zip(keys, requests, strict=True):
                 if key in answers:
                     continue
@@ -203,40 +200,32 @@ class Client:
                 elif key in self._in_flight:
                     others.append(self._in_flight[key])
                 else:
-                    mine.append((key, one))
-            batches = [mine] if mine and is_joint else [[item] for item in mine]
-            for part in await _all_finished(self._ask_and_keep(batch) for batch in batches):
-                answers.update(part)
+                    # Claimed before the first await: whoever comes next waits for this one.
+                    mine[key] = one
+                    self._in_flight[key] = asyncio.get_running_loop().create_future()
+            batches = [mine] if mine and is_joint else [{k: r} for k, r in mine.items()]
+            try:
+                for part in await _all_finished(self._ask_and_keep(b) for b in batches):
+                    answers.update(part)
+            finally:
+                for key in mine:  # failed or cancelled: those who waited ask for themselves
+                    self._release(key)
             for future in others:
-                try:
-                    await asyncio.shield(future)
-                except _Abandoned:
-                    continue
+                await asyncio.shield(future)
         return [answers[key] for key in keys]
 
-    async def _ask_and_keep(self, items: list[tuple[str, Request]]) -> dict[str, Completion]:
-        """Ask, write to the cache, and let those wait who want the same in the meantime."""
-        futures = {key: asyncio.get_running_loop().create_future() for key, _ in items}
-        self._in_flight.update(futures)
-        error: BaseException | None = None
-        try:
-            completions = await self._with_retries(items[0][1], len(items))
-            answers = dict(zip(futures, completions, strict=True))
-            for key, completion in answers.items():
-                self.cache.put(key, completion.to_json())
-            return answers
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            for key, future in futures.items():
-                del self._in_flight[key]
-                if error is None:
-                    future.set_result(None)
-                else:
-                    is_verdict = isinstance(error, Exception)
-                    future.set_exception(error if is_verdict else _Abandoned())
-                    future.exception()  # marks it as seen: usually nobody waits
+    async def _ask_and_keep(self, batch: dict[str, Request]) -> dict[str, Completion]:
+        completions = await self._with_retries(next(iter(batch.values())), len(batch))
+        answers = dict(zip(batch, completions, strict=True))
+        for key, completion in answers.items():
+            self.cache.put(key, completion.to_json())
+            self._release(key)
+        return answers
+
+    def _release(self, key: str) -> None:
+        future = self._in_flight.pop(key, None)
+        if future is not None:
+            future.set_result(None)
 
     async def _with_retries(self, request: Request, n: int) -> list[Completion]:
         started = self._time.now()

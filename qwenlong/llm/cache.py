@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import IO, Any
 
-_KEY_AT = len('{"key": "')
-_HEAD = b'{"key": "'
+_LINE = re.compile(rb'\{"key": "([0-9a-f]{64})", "value": .*\}\n\Z', re.DOTALL)
 
 
 class CallCache:
@@ -37,12 +37,9 @@ class CallCache:
         offset = 0
         with open(path, "rb") as file:
             for line in file:
-                is_whole = line.startswith(_HEAD) and line.endswith(b"}\n")
-                if is_whole:
-                    self._index[bytes.fromhex(line[_KEY_AT : _KEY_AT + 64].decode())] = (
-                        number,
-                        offset,
-                    )
+                whole = _LINE.match(line)
+                if whole:
+                    self._index[bytes.fromhex(whole.group(1).decode())] = (number, offset)
                 offset += len(line)
 
     def __len__(self) -> int:
@@ -61,9 +58,10 @@ class CallCache:
             file.seek(place[1])
             line = file.readline()
         try:
-            return json.loads(line)["value"]
-        except json.JSONDecodeError:  # damaged on disk: as if it had never been answered
+            row = json.loads(line)
+        except ValueError:  # damaged on disk: as if it had never been answered
             return None
+        return row["value"] if row["key"] == key else None
 
     def put(self, key: str, value: dict[str, Any]) -> None:
         """Append a row. It survives a kill of the process from here on."""

@@ -133,7 +133,7 @@ class ChatClient(Client):
 
 def _as_dict(reply: Any) -> Any:
     # A body of another content type comes back as a string.
-    return reply.model_dump() if hasattr(reply, "model_dump") else reply
+    return reply.model_dump(warnings=False) if hasattr(reply, "model_dump") else reply
 
 
 async def _joined(stream: Any) -> dict[str, Any]:
