@@ -129,7 +129,7 @@ def _op(
         metrics[0] = 0.0
         zero = logprobs.new_zeros(())
         return zero, metrics, torch.zeros_like(logprobs), logprobs.new_zeros(2, B), zero.clone()
-    with op_range(OP):
+    with op_range(OP, logprobs):
         rows = dict(zip(_ROWS, tensors, strict=True))
         implementation = triton_kernels if impl == "triton" else eager
         return implementation.forward(rows, cu_seqlens, count, options)
@@ -164,7 +164,7 @@ def _op_bwd(
         dlogprobs = torch.zeros_like(g)
     else:
         implementation = triton_kernels if impl == "triton" else eager
-        with op_range(f"{OP}_bwd"):
+        with op_range(f"{OP}_bwd", g):
             dlogprobs = implementation.backward(
                 dloss, factor, coef, g, (response_mask, keep_mask, weights), cu_seqlens,
                 entropy_coef, is_sequence, kept_only, dentropy,
