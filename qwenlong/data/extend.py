@@ -3,7 +3,7 @@
 Distractors come from a pool of the same split, a share of them hard (BM25 against the question),
 the rest random. One is refused if it states the answer, is an evidence document or bears the title
 of one, holds rows of an evidence table, or comes from a source that could state a fact of the
-evidence in another way (same ``topic``). Evidence goes to drawn positions of the context; what came
+evidence in another way (a shared topic). Evidence goes to drawn positions of the context; what came
 out is measured: for every evidence document the position of its spans as a fraction of the context,
 and ``documents_apart``, the most evidence documents of which any two are more than 25 % apart.
 """
@@ -246,9 +246,9 @@ class _Refusal:
                 self._sources.add(row["source"])
                 self._tables.add(row["meta"].get("table"))
         self._tables.discard(None)
-        by_name = {source.name: source.topic for source in sources}
-        topics = {by_name[name] for name in self._sources} - {""}
-        self._rivals = {name for name, topic in by_name.items() if topic in topics} - self._sources
+        by_name = {source.name: set(source.topics) for source in sources}
+        topics = set().union(*(by_name[name] for name in self._sources))
+        self._rivals = {name for name, others in by_name.items() if topics & others} - self._sources
         self._store = store
 
     def __call__(self, number: int, row: dict) -> bool:

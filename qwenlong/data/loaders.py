@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import re
 import string
 import sysconfig
 import tokenize
@@ -43,6 +44,7 @@ _PATTERNS = {
     "dialogue": ["*.json", "*.jsonl"],
     "jsonl": ["*.jsonl"],
 }
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?")
 _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "venv", "env", "build", "dist"}
 
 
@@ -278,32 +280,29 @@ def _table_documents(
     rows = iter(rows)
     start = 0
     while chunk := list(islice(rows, source.rows_per_document)):
-        kept = [[_value(cell) for cell in row] for row in chunk if len(row) == len(columns)]
+        kept = [row for row in chunk if len(row) == len(columns)]
         if len(kept) < len(chunk):
             bad = len(chunk) - len(kept)
             yield LoadFailure(name, f"{bad} rows from row {start} have another number of cells")
         if kept:
             lines = ["| " + " | ".join(columns) + " |"]
-            lines += ["| " + " | ".join(map(str, row)) + " |" for row in kept]
+            lines += ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in kept]
             last = start + len(chunk)
-            meta = {"table": name, "columns": columns, "rows": kept, "units": {}}
+            values = [[_value(cell) for cell in row] for row in kept]
+            meta = {"table": name, "columns": columns, "rows": values, "units": {}}
             yield f"{name}, rows {start + 1} to {last}", "\n".join(lines) + "\n", meta
         start += len(chunk)
 
 
 def _value(cell: str) -> str | int | float | None:
-    """A number where the cell reads back as written (``007`` stays text), None where empty."""
+    """A number where the cell is written as one (``007`` stays text), None where empty."""
     cell = cell.strip()
     if not cell:
         return None
-    for kind in (int, float):
-        try:
-            value = kind(cell)
-        except ValueError:
-            continue
-        if str(value) == cell or (kind is float and cell.replace(".", "", 1).isdigit()):
-            return value
-    return cell
+    match = _NUMBER.fullmatch(cell)
+    if match is None:
+        return cell
+    return float(cell) if match.group(1) else int(cell)
 
 
 def _load_dialogue(path: Path, source: SourceConfig) -> _Loaded:
@@ -458,6 +457,11 @@ def python_topics() -> Iterator[SourceDocument]:
 
 BUILTIN = {
     "python-topics": "qwenlong.data.loaders:python_topics",
+    "python-pages": "qwenlong.data.python_pages:python_documents",
+    "countries": "qwenlong.data.graph_sources:country_documents",
+    "airports": "qwenlong.data.graph_sources:airport_documents",
+    "time-zones": "qwenlong.data.graph_sources:zone_documents",
+    "tables": "qwenlong.data.tables:table_documents",
 }
 
 

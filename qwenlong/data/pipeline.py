@@ -410,7 +410,7 @@ def _corpus(run: Run) -> tuple[DocumentStore, Texts]:
 
 def _extend_key(run: Run) -> list[Any]:
     raw = run.recipe.to_json()
-    return [raw["extend"], raw["seed"], [s["topic"] for s in raw["sources"]]]
+    return [raw["extend"], raw["seed"], [s["topics"] for s in raw["sources"]]]
 
 
 def _extend(run: Run, plan: _Plan) -> None:

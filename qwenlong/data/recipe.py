@@ -39,7 +39,7 @@ class SourceConfig:
     ``include`` and ``exclude`` are globs on the path below it. ``kind: builtin`` takes ``loader``,
     a name of ``qwenlong.data.loaders.BUILTIN`` or ``module:function``. ``near_duplicates: keep`` is
     for generated pages that differ in their facts alone. Two sources that could state one fact in
-    two ways share a ``topic``: neither serves as distractors to the other's questions.
+    two ways share one of their ``topics``: neither serves the other's questions as a distractor.
     """
 
     name: str
@@ -50,7 +50,7 @@ class SourceConfig:
     exclude: list[str] = field(default_factory=list)
     rows_per_document: int = 100
     near_duplicates: str = "drop"
-    topic: str = ""
+    topics: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if self.kind not in SOURCE_KINDS:
