@@ -34,7 +34,7 @@ Atom = tuple[str, str, str]  # (subject, relation, object), a name or a variable
 
 MERGE_RATIO = 92.0  # of rapidfuzz, in [0, 100], between normalised names
 _MERGE_CHARS = 6  # shorter names are never merged by likeness
-_MAX_FRONTIER = 400  # nodes that a breadth-first search expands in one layer
+_MAX_FRONTIER = 64  # nodes that a breadth-first search keeps of one layer
 
 
 class Statement(NamedTuple):
@@ -176,7 +176,7 @@ class KnowledgeGraph:
         self._subjects: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         self._pairs: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
         self._steps: dict[Node, list[Step]] = {}
-        self._entities: dict[str, list[Node]] = {}
+        self._names: dict[str, list[str]] = {}
         for triple in triples:
             self._add(triple)
         for triple in self._merge(list(extracted), aliases or {}):
@@ -245,6 +245,10 @@ class KnowledgeGraph:
     def subjects(self, relation: str, obj: str) -> list[str]:
         return list(self._subjects.get((relation, obj), ()))
 
+    def pairs(self, relation: str) -> list[tuple[str, str]]:
+        """``(subject, object)`` of every fact with ``relation``."""
+        return list(self._pairs.get(relation, ()))
+
     def statements(self, atom: Atom) -> list[Statement]:
         """Where ``atom`` is stated; empty if it is not a fact."""
         subject, obj = self._ends(atom)
@@ -256,13 +260,13 @@ class KnowledgeGraph:
         """Facts that have the entity as subject."""
         return [(node[1], name, obj[1]) for _, obj, name in self.graph.out_edges(node, keys=True)]
 
-    def entities(self, entity_type: str) -> list[Node]:
+    def names(self, entity_type: str) -> list[str]:
         """Entities of a type that are the subject of a fact, in the order of the documents."""
-        if not self._entities:
+        if not self._names:
             for node in self.graph.nodes:
                 if self.graph.out_degree(node):
-                    self._entities.setdefault(node[0], []).append(node)
-        return self._entities.get(entity_type, [])
+                    self._names.setdefault(node[0], []).append(node[1])
+        return self._names.get(entity_type, [])
 
     def steps(self, node: Node) -> list[Step]:
         """Edges between entities at ``node``, both directions; an implied wider one is left out."""
