@@ -72,10 +72,12 @@ class CallCache:
                 self._open_writer()
             offset = self._writer.tell()
             try:
-                self._writer.write(line)
-                self._writer.flush()
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._writer.write(rest) :]
             except OSError:
                 # A full disk may have taken half a line. Later rows go to a new file.
+                self._writer.close()
                 self._writer = None
                 raise
             self._index[bytes.fromhex(key)] = (len(self._paths) - 1, offset)

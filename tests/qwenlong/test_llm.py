@@ -438,24 +438,30 @@ def test_failed_write_raises_and_later_rows_are_whole(tmp_path):
     cache = CallCache(tmp_path)
     cache.put("1" * 64, {"i": 1})
 
-    class Full:  # takes half a line, then there is no room
+    class Full:  # takes part of a line, then there is no room
         def tell(self):
             return 0
 
-        def write(self, line):
+        room = 40
+
+        def write(self, rest):
+            if self.room == 0:
+                raise OSError(28, "No space left on device")
+            taken, self.room = self.room, 0
             with open(next(tmp_path.glob("*.jsonl")), "ab") as file:
-                file.write(line[: len(line) // 2])
-            raise OSError(28, "No space left on device")
+                return file.write(rest[:taken])
 
         def close(self):
             pass
 
+    cache._writer.close()
     cache._writer = Full()
     with pytest.raises(OSError, match="No space left"):
         cache.put("2" * 64, {"i": 2})
     cache.put("3" * 64, {"i": 3})
     for reader in (cache, CallCache(tmp_path)):
         assert [reader.get(c * 64) for c in "123"] == [{"i": 1}, None, {"i": 3}]
+        reader.close()
 
 
 # --- many calls --------------------------------------------------------------
