@@ -31,9 +31,11 @@ constexpr float kLowestExponent = -200.0f;
 // A maximum starts here and not at -inf: (-inf) - (-inf) is NaN, and finfo.min is a common mask value.
 constexpr float kLowestLogit = -FLT_MAX;
 
-// From here on the fp32 rounding of a saved lse (half an ulp is 4e-6 at 64) shows in fp32 gradients, and backward
-// reads the row once more to form lse again. 16-bit gradients are rounded a thousand times more coarsely.
-constexpr double kRefineLse = 64.0;
+// A saved fp32 lse is off by up to |lse| 2^-24, and every log p with it. From these on that shows in a gradient of the
+// given precision, and backward reads the row once more to form S again.
+constexpr float kRefineFloat32 = 64.0f;
+constexpr float kRefineFloat16 = 1024.0f;
+constexpr float kRefineBFloat16 = 4096.0f;
 
 // A part of a row: its largest v, S and Q2 relative to that.
 template <class Real>
@@ -50,7 +52,7 @@ struct RowScale {
 };
 
 struct RowGradient {
-  float offset, shift;   // log2 p = alpha (v - offset) + shift; two terms, so that a large lse costs no bits
+  float offset, shift;    // log2 p = alpha (v - offset) + shift
   float constant, slope;  // slope_of_u * du = p (constant - slope log2 p), away from the target
 };
 
@@ -122,16 +124,30 @@ QL_HOST_DEVICE Scores finish(const Part<Real>& row, float alpha, float v_target)
   return scores;
 }
 
-template <class Real>
-QL_HOST_DEVICE double lse_of(const Part<Real>& row, float alpha) {
-  return kLn2 * alpha * row.m + log_of(row.s);
+struct Offset {
+  float value, shift;  // log2 p = alpha (v - value) + shift; two terms, so that a large lse costs no bits
+};
+
+QL_HOST_DEVICE Offset offset_of(float lse, float alpha) {
+  Offset offset;
+  offset.value = static_cast<float>(lse * kLog2E / alpha);
+  offset.shift = static_cast<float>(static_cast<double>(alpha) * offset.value - lse * kLog2E);
+  return offset;
 }
 
-QL_HOST_DEVICE RowGradient row_gradient(const RowScale& scale, double lse, float entropy, float g_logprob,
+template <class Real>
+QL_HOST_DEVICE Offset offset_of(const Part<Real>& row) {
+  Offset offset;
+  offset.value = static_cast<float>(row.m);
+  offset.shift = static_cast<float>(-kLog2E * log_of(row.s));
+  return offset;
+}
+
+QL_HOST_DEVICE RowGradient row_gradient(const RowScale& scale, const Offset& offset, float entropy, float g_logprob,
                                         float g_entropy, float g_lse) {
   RowGradient g;
-  g.offset = static_cast<float>(lse * kLog2E) / scale.alpha;
-  g.shift = static_cast<float>(static_cast<double>(scale.alpha) * g.offset - lse * kLog2E);
+  g.offset = offset.value;
+  g.shift = offset.shift;
   g.constant = scale.slope * (g_lse - g_logprob - g_entropy * entropy);
   g.slope = scale.slope * g_entropy * static_cast<float>(kLn2);
   return g;

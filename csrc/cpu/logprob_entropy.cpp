@@ -145,11 +145,10 @@ void backward(const ql::LogprobEntropyBackward& args, int64_t first, int64_t las
     float v_target = 0.0f, slope_target = 0.0f;
     if (has_target) v_target = value_at<E, kCap>(logits + y, scale.gain, slope_target);
     else g_logprob = __builtin_nanf("");
-    double lse = args.lse[t];
-    if (E::kRefines && __builtin_fabs(lse) >= kRefineLse) {
-      lse = lse_of(sum_row<E, kCap>(logits, args.V, scale, block), scale.alpha);
-    }
-    const RowGradient g = row_gradient(scale, lse, args.entropy[t], g_logprob, g_entropy, g_lse);
+    const bool refines = __builtin_fabsf(args.lse[t]) >= E::kRefineLse;
+    const Offset offset = refines ? offset_of(sum_row<E, kCap>(logits, args.V, scale, block))
+                                  : offset_of(args.lse[t], scale.alpha);
+    const RowGradient g = row_gradient(scale, offset, args.entropy[t], g_logprob, g_entropy, g_lse);
     double rest = 0;
     for (int64_t start = 0; start < args.V; start += kBlock) {
       const int64_t n = args.V - start < kBlock ? args.V - start : kBlock;

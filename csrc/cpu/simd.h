@@ -81,7 +81,7 @@ inline float max_of(Floats x) {
 
 struct Float32 {
   typedef float Storage;
-  static constexpr bool kRefines = true;
+  static constexpr float kRefineLse = kRefineFloat32;
   static Floats load(const Storage* p) {
     Floats x;
     __builtin_memcpy(&x, p, sizeof x);
@@ -92,7 +92,7 @@ struct Float32 {
 
 struct BFloat16 {
   typedef uint16_t Storage;
-  static constexpr bool kRefines = false;
+  static constexpr float kRefineLse = kRefineBFloat16;
   static Floats load(const Storage* p) {
     Halves h;
     __builtin_memcpy(&h, p, sizeof h);
@@ -109,7 +109,7 @@ struct BFloat16 {
 
 struct Float16 {
   typedef uint16_t Storage;
-  static constexpr bool kRefines = false;
+  static constexpr float kRefineLse = kRefineFloat16;
   static Floats load(const Storage* p) {
     Halves h;
     __builtin_memcpy(&h, p, sizeof h);

@@ -18,12 +18,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;
-constexpr int kInFlight = 4;  // 16-byte loads a thread issues before it uses the first
+constexpr int kLoads = 4;  // 16-byte loads a thread issues before it uses the first
 
 struct Float32 {
   using Storage = float;
   static constexpr int kVector = 4;
-  static constexpr bool kRefines = true;
+  static constexpr float kRefineLse = kRefineFloat32;
   static __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kVector]) {
     x[0] = __uint_as_float(bits.x);
     x[1] = __uint_as_float(bits.y);
@@ -40,7 +40,7 @@ struct Float32 {
 struct Float16 {
   using Storage = __half;
   static constexpr int kVector = 8;
-  static constexpr bool kRefines = false;
+  static constexpr float kRefineLse = kRefineFloat16;
   static __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kVector]) {
     const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
@@ -64,7 +64,7 @@ struct Float16 {
 struct BFloat16 {
   using Storage = __nv_bfloat16;
   static constexpr int kVector = 8;
-  static constexpr bool kRefines = false;
+  static constexpr float kRefineLse = kRefineBFloat16;
   static __device__ __forceinline__ void unpack(const uint4& bits, float (&x)[kVector]) {
     const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
@@ -138,8 +138,8 @@ __device__ __forceinline__ void accumulate_vectors(const uint4* vectors, const R
   accumulate(v, scale.alpha, part);
 }
 
-// This thread's share of the row.
-template <class E, bool kCap>
+// This thread's share of the row, kInFlight vectors at a time.
+template <class E, bool kCap, int kInFlight>
 __device__ __forceinline__ Part<float> thread_part(const typename E::Storage* row, int V, const RowScale& scale) {
   const Split split = split_row<E>(row, V);
   const uint4* vectors = reinterpret_cast<const uint4*>(row + split.head);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const std::int64_t y = args.target[t];
       float v_target = __int_as_float(0x7fffffff);  // NaN for a target outside [0, V)
       if (threadIdx.x == 0 && 0 <= y && y < V) v_target = value_of<kCap>(E::widen(row[y]), scale.gain);
-      const Part<float> all = block_merge(thread_part<E, kCap>(row, V, scale), scale.alpha, scratch);
+      const Part<float> all = block_merge(thread_part<E, kCap, kLoads>(row, V, scale), scale.alpha, scratch);
       const Scores scores = finish(all, scale.alpha, v_target);
       logprob = scores.logprob;
       entropy = scores.entropy;
@@ -247,8 +247,8 @@ struct GradientWriter {
     const bool is_out_aligned = reinterpret_cast<std::uintptr_t>(out + split.head) % 16 == 0;
     const int thread = threadIdx.x;
     int i = thread;
-    for (; i + (kInFlight - 1) * kThreads < split.vectors; i += kInFlight * kThreads) {
-      write_vectors<kInFlight>(row, out, split.head + i * E::kVector, is_out_aligned);
+    for (; i + (kLoads - 1) * kThreads < split.vectors; i += kLoads * kThreads) {
+      write_vectors<kLoads>(row, out, split.head + i * E::kVector, is_out_aligned);
     }
     for (; i < split.vectors; i += kThreads) {
       write_vectors<1>(row, out, split.head + i * E::kVector, is_out_aligned);
@@ -284,12 +284,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     } else {
       g_logprob = __int_as_float(0x7fffffff);  // NaN in the whole row
     }
-    double lse = args.lse[t];
-    if (E::kRefines && fabs(lse) >= kRefineLse) {
-      lse = lse_of(block_merge(thread_part<E, kCap>(row, V, scale), scale.alpha, scratch), scale.alpha);
+    const float lse = args.lse[t], entropy = args.entropy[t];
+    Offset offset = offset_of(lse, scale.alpha);
+    if (fabsf(lse) >= E::kRefineLse) {  // one load at a time: the rare row must not cost the others registers
+      offset = offset_of(block_merge(thread_part<E, kCap, 1>(row, V, scale), scale.alpha, scratch));
     }
-    const float entropy = args.entropy[t];
-    const RowGradient g = row_gradient(scale, lse, entropy, g_logprob, g_entropy, g_lse);
+    const RowGradient g = row_gradient(scale, offset, entropy, g_logprob, g_entropy, g_lse);
     __syncthreads();  // every thread has the target's logit before one overwrites it in place
     GradientWriter<E, kCap> writer{scale, g, has_target ? static_cast<int>(y) : -1, 0.0f};
     writer.write_row(row, out, V);
