@@ -299,52 +299,43 @@ def _model_key(run: Run) -> list[str] | None:
     return [model.model, model.scripted, str(model.max_tokens)] if model else None
 
 
-def _usable(run: Run, store: DocumentStore, sources: list[str], split: str) -> np.ndarray:
+def _usable(run: Run, store: DocumentStore, sources: list[str]) -> np.ndarray:
+    """Numbers of the documents of some sources (none named: all) that no evaluation set has."""
     names = [source.name for source in run.recipe.sources]
-    positions = [names.index(name) for name in sources] or None
-    numbers = store.numbers(sources=positions, is_eval=split == "eval")
+    numbers = store.numbers([names.index(name) for name in sources] or None)
     return np.setdiff1d(numbers, np.load(run.folder("extract") / "excluded.npy"))
 
 
 def _compose(run: Run, plan: _Plan) -> None:
     store, jobs = open_store(run), []
     for position, route in enumerate(run.recipe.routes):
-        sizes = [len(_usable(run, store, route.sources, split)) for split in SPLITS]
-        done = 0
-        for split, size in zip(SPLITS, sizes, strict=True):
-            for start in range(0, size, route.group_documents):
-                stop = min(size, start + route.group_documents)
-                # Shares of a whole number that add up to it.
-                total = max(1, sum(sizes))
-                before = done * route.limit // total
-                done += stop - start
-                limit = done * route.limit // total - before
-                if limit:
-                    jobs.append((run, len(jobs), position, split, start, stop, limit))
+        size = len(_usable(run, store, route.sources))
+        for start in range(0, size, route.group_documents):
+            stop = min(size, start + route.group_documents)
+            # Shares of a whole number that add up to it.
+            limit = stop * route.limit // size - start * route.limit // size
+            if limit:
+                jobs.append((run, len(jobs), position, start, stop, limit))
     plan.run(plan.stages["compose"], _compose_part, jobs, len(jobs))
 
 
-def _compose_part(job: tuple[Run, int, int, str, int, int, int]) -> None:
-    """One route over one group of documents of one split."""
-    run, part, position, split, start, stop, limit = job
+def _compose_part(job: tuple[Run, int, int, int, int, int]) -> None:
+    """One route over one group of documents, of both splits: the route keeps them apart."""
+    run, part, position, start, stop, limit = job
     recipe, store, folder = run.recipe, open_store(run), run.folder("compose")
     route = recipe.routes[position]
-    numbers = _usable(run, store, route.sources, split)[start:stop]
+    numbers = _usable(run, store, route.sources)[start:stop]
     documents = [store.document(number) for number in numbers]
-    seed = int(key_of(recipe.seed, route.route, split, start)[:8], 16)
+    seed = int(key_of(recipe.seed, route.route, start)[:8], 16)
     texts: dict[str, str] = {}
     found = route_samples(route, documents, seed=seed, limit=limit, client=_client(run))
-    samples = [
-        _by_reference(sample, store, texts, split) for sample in itertools.islice(found, limit)
-    ]
+    samples = [_by_reference(sample, store, texts) for sample in itertools.islice(found, limit)]
     rows = ({"sha256": sha, "text": text} for sha, text in texts.items())
     write_jsonl(folder / f"{part_name(part)}.texts.jsonl", rows)
     write_jsonl(folder / f"{part_name(part)}.jsonl", (s.to_json() for s in samples))
 
 
-def _by_reference(
-    sample: Sample, store: DocumentStore, texts: dict[str, str], split: str
-) -> Sample:
+def _by_reference(sample: Sample, store: DocumentStore, texts: dict[str, str]) -> Sample:
     """``sample`` with refs for texts; texts that the corpus does not have go to ``texts``."""
     documents = []
     for document in sample.documents:
@@ -354,7 +345,7 @@ def _by_reference(
                 texts[sha] = document.text
             document = document.model_copy(update={"text": None, "ref": sha})
         documents.append(document)
-    return sample.model_copy(update={"documents": documents, "split": split})
+    return sample.model_copy(update={"documents": documents})
 
 
 _clients: dict[tuple[str, str], Any] = {}  # at most one a process: it reads the call cache once
@@ -417,7 +408,8 @@ def _extend(run: Run, plan: _Plan) -> None:
     store = open_store(run)
     for split in SPLITS:
         folder = plan.stages["extend"].folder / f"pool-{split}"
-        numbers = _usable(run, store, [], split)
+        numbers = _usable(run, store, [])
+        numbers = numbers[store.index["is_eval"][numbers] == (split == "eval")]
         DistractorPool.build(store, numbers, run.recipe.extend.pool_documents, folder)
     jobs = _sample_jobs(run, plan.stages["compose"])
     plan.run(plan.stages["extend"], _extend_part, jobs, len(jobs))
@@ -478,6 +470,7 @@ def _verify_part(job: tuple[Run, int, str, int, int]) -> None:
             config,
             resolve=texts.resolve,
             normalised=texts.normalised,
+            split_of=texts.split,
             duplicate_of=duplicates.get(str(position + offset)),
             ask=ask,
         )

@@ -59,10 +59,14 @@ def route_samples(
 
 
 def route_code(route: RouteConfig) -> str:
-    """A hash of the module that a route lives in, for a stage's key."""
+    """A hash of the code of a route, for a stage's key: its module, or our package."""
     function = import_function(ROUTES.get(route.route, route.route), "route")
-    source = Path(importlib.import_module(function.__module__).__file__).read_bytes()
-    return hashlib.sha256(source).hexdigest()[:16]
+    path = Path(importlib.import_module(function.__module__).__file__)
+    is_ours = path.parent == Path(__file__).parent
+    code = hashlib.sha256()
+    for file in sorted(path.parent.glob("*.py")) if is_ours else [path]:
+        code.update(file.read_bytes())
+    return code.hexdigest()[:16]
 
 
 # --- model -------------------------------------------------------------------

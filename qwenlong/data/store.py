@@ -72,6 +72,13 @@ class Texts:
             file.seek(offset)
             return json.loads(file.read(length))["text"]
 
+    def split(self, sha: str) -> str | None:
+        """Split of a document of the corpus; None for a text that a route wrote."""
+        number = self._store.find(sha)
+        if number is None:
+            return None
+        return "eval" if self._store.index["is_eval"][number] else "train"
+
     def normalised(self, sha: str) -> str:
         """``leaks.normalise`` of the text."""
         number = self._store.find(sha)
@@ -149,9 +156,8 @@ class DocumentStore:
         row = {k: v for k, v in self.row(number).items() if k != "normalised"}
         return SourceDocument.model_validate(row)
 
-    def numbers(self, *, sources: list[int] | None, is_eval: bool) -> np.ndarray:
-        """Numbers of the documents of one split, of some sources (None: all), in order."""
-        keep = self.index["is_eval"] == is_eval
-        if sources is not None:
-            keep &= np.isin(self.index["source"], sources)
-        return np.flatnonzero(keep)
+    def numbers(self, sources: list[int] | None) -> np.ndarray:
+        """Numbers of the documents of some sources (None: all), in order."""
+        if sources is None:
+            return np.arange(len(self))
+        return np.flatnonzero(np.isin(self.index["source"], sources))

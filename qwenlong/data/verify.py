@@ -3,6 +3,7 @@
 - ``evidence``: every span lies in its document and holds text; every evidence document has a span.
 - ``answer_leak``: the answer stands in the question, the instructions or the only document's title.
 - ``distractor_leak``: a distractor states the answer.
+- ``split``: a document belongs to the other split.
 - ``length``: the context reached 80 % of its target, and the target holds it.
 - ``duplicate_question``: the question was asked before (``find_duplicates``).
 - ``grounding``: right without the documents, in ``k`` answers, more often than guessing explains.
@@ -23,7 +24,14 @@ from qwenlong.data.recipe import VerifyConfig
 from qwenlong.prompts import Message, render
 from qwenlong.types import Difficulty, Sample
 
-RULE_FILTERS = ("evidence", "answer_leak", "distractor_leak", "length", "duplicate_question")
+RULE_FILTERS = (
+    "evidence",
+    "answer_leak",
+    "distractor_leak",
+    "split",
+    "length",
+    "duplicate_question",
+)
 MODEL_FILTERS = ("grounding", "robustness", "difficulty")
 
 
@@ -45,6 +53,7 @@ def verify_sample(
     *,
     resolve: Callable[[str], str],
     normalised: Callable[[str], str] | None = None,
+    split_of: Callable[[str], str | None] = lambda ref: None,
     duplicate_of: str | None = None,
     ask: Asker | None = None,
 ) -> Sample:
@@ -53,6 +62,7 @@ def verify_sample(
     Args:
         resolve: sha256 of a document -> its text.
         normalised: sha256 of a document -> its text by ``leaks.normalise``; None computes it.
+        split_of: sha256 of a document -> its split, None where the corpus does not have it.
         duplicate_of: id of the earlier sample that asks the same, from ``find_duplicates``.
         ask: the model; None leaves the filters of ``MODEL_FILTERS`` ``not_run``.
     """
@@ -61,6 +71,7 @@ def verify_sample(
         "evidence": check_evidence(sample, resolve),
         "answer_leak": check_answer_leak(sample),
         "distractor_leak": check_distractors(sample, normalised),
+        "split": check_split(sample, split_of),
         "length": check_length(sample),
         "duplicate_question": (
             verdict(False, duplicate_of=duplicate_of) if duplicate_of else verdict(True)
@@ -130,6 +141,13 @@ def check_distractors(sample: Sample, normalised: Callable[[str], str]) -> dict[
             continue
         text = normalise(document.text) if document.text is not None else normalised(document.ref)
         if finder.is_in(text):
+            return verdict(False, document=document.id)
+    return verdict(True)
+
+
+def check_split(sample: Sample, split_of: Callable[[str], str | None]) -> dict[str, Any]:
+    for document in sample.documents:
+        if document.ref and split_of(document.ref) not in (None, sample.split):
             return verdict(False, document=document.id)
     return verdict(True)
 
