@@ -126,7 +126,13 @@ _AIRPORT_COLUMNS = (
 
 def _airports(name: str, title: str, partition: Column, pick: Callable) -> Table:
     schema = Schema(
-        name, title, "airport", "airports", _AIRPORT_COLUMNS, partition, preposition="in"
+        name,
+        title,
+        "airport",
+        "airports with an IATA code",
+        _AIRPORT_COLUMNS,
+        partition,
+        preposition="in",
     )
     rows = [
         (
@@ -214,7 +220,7 @@ def seattle_weather() -> Table:
         "seattle_weather",
         "Daily weather of Seattle in",
         "day",
-        "days",
+        "days of the Seattle weather record",
         (
             _text("calendar_date", "date", "key"),
             _measure("precipitation", "precipitation", "mm", additive=True),
@@ -248,7 +254,7 @@ def us_employment() -> Table:
         "us_employment",
         "Employment in the United States by sector, months of",
         "month",
-        "months",
+        "months of the United States employment record",
         tuple(columns),
         Column("calendar_year", "year", "integer", None, "period"),
     )
@@ -265,7 +271,7 @@ def stocks() -> Table:
         "stocks",
         "Monthly stock prices in",
         "monthly price",
-        "monthly prices",
+        "monthly stock prices",
         (
             _text("quote", "quote", "key"),
             _text("symbol", "ticker symbol", "category"),
@@ -286,8 +292,8 @@ def barley() -> Table:
     schema = Schema(
         "barley",
         "Barley trials at",
-        "trial",
-        "trials",
+        "barley trial",
+        "barley trials",
         (
             _text("trial", "trial", "key"),
             _text("variety", "variety", "category"),
@@ -316,7 +322,7 @@ def iowa_electricity() -> Table:
         "iowa_electricity",
         "Electricity generated in Iowa in",
         "energy source",
-        "energy sources",
+        "energy sources of the Iowa electricity record",
         (
             _text("energy_source", "energy source", "key"),
             Column(
@@ -343,7 +349,7 @@ def us_driving() -> Table:
         "us_driving",
         "Driving in the United States in the",
         "year",
-        "years",
+        "years of the United States driving record",
         (
             _text("driving_year", "year", "key"),
             _measure("miles", "distance driven per person", "miles", real=False),
@@ -366,7 +372,7 @@ def wheat() -> Table:
         "wheat",
         "Wheat prices and wages in England in the",
         "year",
-        "years",
+        "years of the English wheat price record",
         (
             _text("price_year", "year", "key"),
             _measure("wheat_price", "price of a quarter of wheat", "shillings"),
@@ -393,7 +399,7 @@ def crimea() -> Table:
         "crimean_war",
         "Deaths in the British army in the Crimean War in",
         "month",
-        "months",
+        "months of the Crimean War record",
         (
             _text("calendar_month", "month", "key"),
             _measure("wounds", "deaths from wounds", "deaths", real=False, additive=True),

@@ -340,18 +340,11 @@ class CorpusTable:
         return [row for part in self.parts for row in part.full_rows()]
 
 
-@dataclass
-class TableReport:
-    """Documents that gave no part of a table, counted by reason."""
-
-    dropped: Counter[str] = field(default_factory=Counter)
-
-
 def corpus_tables(
     documents: Iterable[SourceDocument],
     *,
     min_documents: int = 2,
-    report: TableReport | None = None,
+    dropped: Counter[str] | None = None,
 ) -> list[CorpusTable]:
     """The tables that documents of one split hold together, train and eval apart.
 
@@ -360,7 +353,7 @@ def corpus_tables(
     parse, when another document has the same partition value, or when the text no longer says what
     its ``meta`` recorded.
     """
-    report = report if report is not None else TableReport()
+    dropped = dropped if dropped is not None else Counter()
     groups: dict[tuple, list[tuple[SourceDocument, ParsedTable]]] = defaultdict(list)
     seen: set[str] = set()
     for document in documents:
@@ -371,7 +364,7 @@ def corpus_tables(
             heads = tuple(split_header(head)[0].casefold() for head in table.headers)
             name = document.meta.get("table", "")
             groups[name, heads, document.split].append((document, table))
-    tables = [_join(split, members, report) for (_, _, split), members in groups.items()]
+    tables = [_join(split, members, dropped) for (_, _, split), members in groups.items()]
     return [table for table in tables if table and len(table.parts) >= min_documents]
 
 
@@ -393,7 +386,7 @@ def _grid(document: SourceDocument) -> list[ParsedTable]:
 
 
 def _join(
-    split: Split, members: list[tuple[SourceDocument, ParsedTable]], report: TableReport
+    split: Split, members: list[tuple[SourceDocument, ParsedTable]], dropped: Counter[str]
 ) -> CorpusTable | None:
     first = members[0][0]
     known = first.meta.get("schema")
@@ -409,7 +402,8 @@ def _join(
         )
         if partition.name in {column.name for column in columns}:
             partition = replace(partition, name=f"{partition.name}_of_document")
-        schema = Schema(name, name, "row", "rows", columns, partition, "for")
+        preposition = "in the documents" if label == "document" else "for"
+        schema = Schema(name, name, "row", "rows", columns, partition, preposition)
     parts: list[Part] = []
     taken: set[Value] = set()
     for document, table in members:
@@ -417,13 +411,13 @@ def _join(
             value = _partition_value(document, schema)
             rows = [tuple(map(parse_value, row, schema.columns)) for row in table.rows]
         except ValueError as error:
-            report.dropped[f"unreadable: {error}"] += 1
+            dropped[f"unreadable: {error}"] += 1
             continue
         recorded = document.meta.get("rows") if known is not None else None
         if not rows or (recorded is not None and [list(row) for row in rows] != recorded):
-            report.dropped["the text does not say what was recorded"] += 1
+            dropped["the text does not say what was recorded"] += 1
         elif value in taken:
-            report.dropped[f"a second document for {value!r}"] += 1
+            dropped[f"a second document for {value!r}"] += 1
         else:
             taken.add(value)
             parts.append(Part(document, value, rows, table.spans))
