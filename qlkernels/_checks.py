@@ -77,6 +77,37 @@ def check_rows(
             raise ValueError(f"{op}: temperature has no gradient here; pass temperature.detach()")
 
 
+def check_head(
+    op: str,
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float | torch.Tensor,
+    row_mask: torch.Tensor | None,
+    sizes: dict[str, int],
+    impl: str,
+) -> None:
+    """Packed hidden states ``[T, H]``, the head ``[V, H]`` and the rows that go with them."""
+    check_shape(op, "hidden_states", hidden_states, "T H", sizes)
+    check_unsharded(op, "lm_head_weight", lm_head_weight)
+    check_shape(op, "lm_head_weight", lm_head_weight, "V H", sizes)
+    allowed = FLOATS if impl == "reference" else FLOATS[:3]
+    check_dtype(op, "hidden_states", hidden_states, allowed)
+    operands = {"lm_head_weight": lm_head_weight} | ({} if bias is None else {"bias": bias})
+    for name, operand in operands.items():
+        check_dtype(op, name, operand, (hidden_states.dtype,))
+        check_device(op, name, operand, hidden_states, "hidden_states")
+    if bias is not None:
+        check_shape(op, "bias", bias, "V", sizes)
+    check_last_dim_contiguous(op, "hidden_states", hidden_states)
+    check_last_dim_contiguous(op, "lm_head_weight", lm_head_weight)
+    check_rows(op, hidden_states, "hidden_states", target_ids, temperature, row_mask, sizes)
+    V, H = lm_head_weight.shape
+    if V == 0 or H == 0:
+        raise ValueError(f"{op}: lm_head_weight is [V, H] = {(V, H)}: nothing to multiply")
+
+
 def check_scalars(
     op: str, temperature: float | torch.Tensor, softcap: float | None, logit_scale: float
 ) -> None:

@@ -383,7 +383,7 @@ def _op(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tau = temperature if temperatures is None else temperatures
-    with op_range(OP):
+    with op_range(OP, logits):
         return _forward(logits, target_ids, row_mask, tau, softcap, logit_scale, impl)
 
 
@@ -402,7 +402,7 @@ _SCHEMA = (
 def _backward_into(out, logits, target_ids, row_mask, temperatures, temperature, *rest):
     softcap, logit_scale, logprobs, entropy, lse, *grads, impl = rest
     tau = temperature if temperatures is None else temperatures
-    with op_range(f"{OP}_bwd"):
+    with op_range(f"{OP}_bwd", logits):
         _backward(
             logits, target_ids, row_mask, tau, softcap, logit_scale, (logprobs, entropy, lse),
             grads, impl, out,

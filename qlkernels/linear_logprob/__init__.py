@@ -29,7 +29,6 @@ from qlkernels.linear_logprob.passes import Options, backward, forward
 from qlkernels.linear_logprob.reference import linear_logprob_ref
 
 OP = "linear_logprob"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # --- custom ops and autograd -------------------------------------------------
 
@@ -52,7 +51,7 @@ def _op(
     tau = temperature if temperatures is None else temperatures
     options = Options(tau, logit_scale, softcap, chunk_tokens, compact, impl)
     x, y = hidden_states, target_ids
-    with op_range(OP), torch.autocast(x.device.type, enabled=False):
+    with op_range(OP, x), torch.autocast(x.device.type, enabled=False):
         if row_mask is None:
             return forward(x, lm_head_weight, bias, y, options)
         if not compact or is_capturing():
@@ -100,7 +99,7 @@ def _op_bwd(
     x, w, y = hidden_states, lm_head_weight, target_ids
     grads = (dlogprobs, dentropy, dlse)
     needs = (needs_dx, needs_dw, needs_db)
-    with op_range(f"{OP}_bwd"), torch.autocast(x.device.type, enabled=False):
+    with op_range(f"{OP}_bwd", x), torch.autocast(x.device.type, enabled=False):
         live = _rows.live_rows(row_mask, *grads)
         rows = None
         if compact and not is_capturing():
@@ -235,49 +234,33 @@ def linear_logprob(
             chunk_tokens=chunk_tokens, compact=compact, validate=validate, impl=impl,
         )  # fmt: skip
         return TokenScores(*(v.view(B, S) for v in scores))
-    hidden_states, lm_head_weight, bias = _autocast(hidden_states, lm_head_weight, bias)
+    x, w, bias = autocast_operands(hidden_states, lm_head_weight, bias)
     sizes: dict[str, int] = {}
-    _checks.check_shape(OP, "hidden_states", hidden_states, "T H", sizes)
-    _checks.check_unsharded(OP, "lm_head_weight", lm_head_weight)
-    _checks.check_shape(OP, "lm_head_weight", lm_head_weight, "V H", sizes)
-    allowed = DTYPES + ((torch.float64,) if impl == "reference" else ())
-    _checks.check_dtype(OP, "hidden_states", hidden_states, allowed)
-    operands = {"lm_head_weight": lm_head_weight} | ({} if bias is None else {"bias": bias})
-    for name, operand in operands.items():
-        _checks.check_dtype(OP, name, operand, (hidden_states.dtype,))
-        _checks.check_device(OP, name, operand, hidden_states, "hidden_states")
-    if bias is not None:
-        _checks.check_shape(OP, "bias", bias, "V", sizes)
-    _checks.check_last_dim_contiguous(OP, "hidden_states", hidden_states)
-    _checks.check_last_dim_contiguous(OP, "lm_head_weight", lm_head_weight)
-    _checks.check_rows(OP, hidden_states, "hidden_states", target_ids, temperature, row_mask, sizes)
+    _checks.check_head(OP, x, w, target_ids, bias, temperature, row_mask, sizes, impl)
     _checks.check_scalars(OP, temperature, softcap, logit_scale)
-    V, H = lm_head_weight.shape
-    if V == 0 or H == 0:
-        raise ValueError(f"{OP}: lm_head_weight is [V, H] = {(V, H)}: nothing to multiply")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"{OP}: chunk_tokens must be at least 1, got {chunk_tokens}")
-    if validate or hidden_states.device.type == "cpu":
-        _checks.check_targets(OP, target_ids, row_mask, V)
+    if validate or x.device.type == "cpu":
+        _checks.check_targets(OP, target_ids, row_mask, w.shape[0])
 
     blockers = {
-        "triton": why_not_triton(hidden_states),
-        "cpu": _ext.why_not_cpu(hidden_states),
+        "triton": why_not_triton(x),
+        "cpu": _ext.why_not_cpu(x),
         "torch": None,
         "reference": None,
     }
-    if impl == "auto" and hidden_states.device.type == "cpu":
+    if impl == "auto" and x.device.type == "cpu":
         del blockers["triton"]  # on the CPU it would be the interpreter
     chosen = pick_impl(OP, impl, blockers)
     if chosen == "reference":
         return linear_logprob_ref(
-            hidden_states, lm_head_weight, target_ids, bias=bias, temperature=temperature,
+            x, w, target_ids, bias=bias, temperature=temperature,
             logit_scale=logit_scale, softcap=softcap, row_mask=row_mask,
         )  # fmt: skip
     is_tensor = isinstance(temperature, torch.Tensor)
     scores = torch.ops.qlkernels.linear_logprob(
-        hidden_states,
-        lm_head_weight,
+        x,
+        w,
         target_ids.contiguous(),
         None if bias is None else bias.contiguous(),
         temperature.float().contiguous() if is_tensor else None,
@@ -292,7 +275,7 @@ def linear_logprob(
     return TokenScores(*scores[:3])
 
 
-def _autocast(x, w, bias):
+def autocast_operands(x, w, bias):
     """Operands in the dtype of an active autocast region; as they are outside."""
     if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
         return x, w, bias
