@@ -22,8 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-import sqlglot
-from sqlglot import exp
+from sqlglot import Dialect, exp
 from sqlglot.errors import ErrorLevel, SqlglotError, UnsupportedError
 from sqlglot.tokens import Token, TokenType
 
@@ -54,6 +53,8 @@ _REFUSED_NODES: dict[type[exp.Expression], str] = {
     exp.Glob: "GLOB is not available",
     exp.RegexpLike: "Regular expressions are not available",
 }
+_REFUSED = tuple(_REFUSED_NODES)
+_DIALECT = Dialect.get_or_raise("sqlite")
 
 _SQLITE_LIMITS = {  # sqlite3.Connection.setlimit, in Python 3.11 and later
     "SQLITE_LIMIT_COLUMN": 200,
@@ -97,7 +98,7 @@ class SqlLimits:
     value_bytes: int = 65_536
     sql_chars: int = 10_000
     joined_rows: int = 2_000_000
-    heap_bytes: int = 256 << 20
+    heap_bytes: int = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,17 @@ def check_query(
     """
     limits = limits or SqlLimits()
     tree = _parse(sql, limits)
-    for node in tree.walk():
-        for kind, reason in _REFUSED_NODES.items():
-            if isinstance(node, kind):
-                raise SqlRefused(f"{reason}.")
+    nodes = list(tree.walk())
+    for node in nodes:
+        if isinstance(node, _REFUSED):
+            reason = next(why for kind, why in _REFUSED_NODES.items() if isinstance(node, kind))
+            raise SqlRefused(f"{reason}.")
         if isinstance(node, exp.Anonymous) and node.name.lower() not in FUNCTIONS:
             raise SqlRefused(f"Function {node.name.lower()!r} is not available.")
     known = {name.lower(): table for name, table in tables.items()}
-    derived = _check_tables(tree, known)
-    _check_columns(tree, known, derived)
-    _check_joins(tree, known, limits)
+    _check_tables(nodes, known)
+    _check_columns(nodes, known)
+    _check_joins(nodes, known, limits)
     try:
         return tree.sql("sqlite", comments=False, unsupported_level=ErrorLevel.RAISE)
     except (UnsupportedError, RecursionError) as error:
@@ -154,10 +156,11 @@ def _parse(sql: str, limits: SqlLimits) -> exp.Expression:
     if "\x00" in sql:
         raise SqlRefused("The query contains a NUL character.")
     try:
-        _check_tokens(sqlglot.tokenize(sql, read="sqlite"))
+        tokens = _DIALECT.tokenize(sql)
+        _check_tokens(tokens)
         trees = [
             tree
-            for tree in sqlglot.parse(sql, read="sqlite")
+            for tree in _DIALECT.parser().parse(tokens, sql)
             if tree is not None and not isinstance(tree, exp.Semicolon)
         ]
     except SqlglotError as error:
@@ -190,50 +193,53 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split())[:200].rstrip(".")
 
 
-def _check_tables(tree: exp.Expression, known: Mapping[str, SqlTable]) -> set[str]:
-    """Names of CTEs and subqueries; every other table must be known, and no CTE reads itself."""
+def _check_tables(nodes: Sequence[exp.Expression], known: Mapping[str, SqlTable]) -> None:
+    """Every table is known or a WITH table, none hides another, none reads itself."""
     derived: set[str] = set()
-    for cte in tree.find_all(exp.CTE):
-        name = cte.alias.lower()
-        if name in known or name in derived:
-            raise SqlRefused(f"The WITH table {name!r} hides a table of the same name.")
-        derived.add(name)
-        if any(table.name.lower() == name for table in cte.this.find_all(exp.Table)):
+    for node in nodes:
+        if isinstance(node, exp.With) and node.args.get("recursive"):
             raise SqlRefused("Recursive WITH is not available.")
-    if any(clause.args.get("recursive") for clause in tree.find_all(exp.With)):
-        raise SqlRefused("Recursive WITH is not available.")
-    references = 0
-    for table in tree.find_all(exp.Table):
-        references += 1
+        if isinstance(node, exp.CTE):
+            name = node.alias.lower()
+            if name in known or name in derived:
+                raise SqlRefused(f"The WITH table {name!r} hides a table of the same name.")
+            derived.add(name)
+            if any(table.name.lower() == name for table in node.this.find_all(exp.Table)):
+                raise SqlRefused("Recursive WITH is not available.")
+    tables = [node for node in nodes if isinstance(node, exp.Table)]
+    for table in tables:
         if not isinstance(table.this, exp.Identifier):
             raise SqlRefused("Table functions are not available.")
         if table.db or table.catalog:
             raise SqlRefused(f"Table {table.sql()!r} names a schema; use the bare table name.")
         if table.name.lower() not in known and table.name.lower() not in derived:
             raise SqlRefused(f"Table {table.name!r} is unknown; the tables are {sorted(known)}.")
-    if references > _MAX_TABLE_REFERENCES:
-        raise SqlRefused(f"The query names {references} tables, at most {_MAX_TABLE_REFERENCES}.")
-    derived.update(query.alias.lower() for query in tree.find_all(exp.Subquery) if query.alias)
-    return derived
+    if len(tables) > _MAX_TABLE_REFERENCES:
+        raise SqlRefused(f"The query names {len(tables)} tables, at most {_MAX_TABLE_REFERENCES}.")
 
 
-def _check_columns(tree: exp.Expression, known: Mapping[str, SqlTable], derived: set[str]) -> None:
+def _check_columns(nodes: Sequence[exp.Expression], known: Mapping[str, SqlTable]) -> None:
     """Every column is one of a known table or an alias. SQLite would read others as strings."""
     names = {column.lower() for table in known.values() for column in table.columns}
-    names.update(alias.alias.lower() for alias in tree.find_all(exp.Alias))
-    for alias in tree.find_all(exp.TableAlias):
-        names.update(column.name.lower() for column in alias.columns)
-    for column in tree.find_all(exp.Column):
-        if isinstance(column.this, exp.Star):
-            continue
-        if column.name.lower() not in names:
-            raise SqlRefused(f"Column {column.name!r} is unknown; the columns are {sorted(names)}.")
+    for node in nodes:
+        if isinstance(node, exp.Alias):
+            names.add(node.alias.lower())
+        elif isinstance(node, exp.TableAlias):
+            names.update(column.name.lower() for column in node.columns)
+    for node in nodes:
+        if isinstance(node, exp.Column) and not isinstance(node.this, exp.Star):
+            if node.name.lower() not in names:
+                raise SqlRefused(
+                    f"Column {node.name!r} is unknown; the columns are {sorted(names)}."
+                )
 
 
-def _check_joins(tree: exp.Expression, known: Mapping[str, SqlTable], limits: SqlLimits) -> None:
+def _check_joins(
+    nodes: Sequence[exp.Expression], known: Mapping[str, SqlTable], limits: SqlLimits
+) -> None:
     """Refuse a product of tables without a condition that is larger than ``joined_rows``."""
-    for select in tree.find_all(exp.Select):
-        joins = select.args.get("joins") or []
+    for select in nodes:
+        joins = select.args.get("joins") if isinstance(select, exp.Select) else None
         source = select.args.get("from_") or select.args.get("from")
         if source is None or not joins:
             continue

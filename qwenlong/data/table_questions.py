@@ -34,7 +34,7 @@ TOLERANCE = 0.0015  # relative, of rounded answers (0.15 %, as DocMath and SPELL
 _SAME = 1e-9  # relative: two floats closer than this are a tie
 _ROUNDING = {2: "two decimals", 4: "four decimals"}
 _BUDGETS = (8_000, 16_000, 16_000, 40_000, 100_000)  # characters of the documents of a question
-_PART_COUNTS = (2, 3, 3, 4, 4, 5, 6, 8)
+_PART_COUNTS = (3, 3, 4, 4, 5, 6, 8)
 _TRIES = 24  # at one subtype, before the next one has its turn
 _GIVE_UP = 20 * _TRIES  # failures in a row after which the tables hold no more questions
 
@@ -106,7 +106,7 @@ def table_samples(
 def choose_parts(table: CorpusTable, rng: random.Random) -> list[Part]:
     """A few documents of the table, in its order: half of the time neighbours in time.
 
-    Their number and their length together are drawn; two at least.
+    Their number and their length together are drawn; three at least, where the table has them.
     """
     budget, count = rng.choice(_BUDGETS), min(rng.choice(_PART_COUNTS), len(table.parts))
     first = rng.randrange(len(table.parts) - count + 1)
@@ -117,7 +117,7 @@ def choose_parts(table: CorpusTable, rng: random.Random) -> list[Part]:
     kept: list[int] = []
     for index in chosen:
         size += len(table.parts[index].document.text)
-        if len(kept) >= 2 and size > budget:
+        if len(kept) >= 3 and size > budget:
             break
         kept.append(index)
     return [table.parts[index] for index in sorted(kept)]
