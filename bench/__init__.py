@@ -1,0 +1,1 @@
+"""Speed, memory and accuracy of every op beside its peers: ``python -m bench --help``."""

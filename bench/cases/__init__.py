@@ -1,0 +1,4 @@
+"""Shapes, providers, byte counts and checks of every op. Importing this fills the registry."""
+
+import bench.ceilings
+from bench.cases import linear_logprob, logprob_entropy, policy_loss
