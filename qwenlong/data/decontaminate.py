@@ -2,7 +2,8 @@
 
 A document is contaminated where it shares ``min_document_ngrams`` different 13-grams of words with
 the evaluation sets, or holds an evaluation question of at least 6 words whole. A question is
-contaminated where it shares a 13-gram, or nearly equals an evaluation question (rapidfuzz).
+contaminated where it shares a 13-gram, or nearly equals an evaluation question (rapidfuzz) and
+asks for the same thing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz import fuzz, process
 
-from qwenlong.data.leaks import normalise
+from qwenlong.data.leaks import OPENERS, normalise
 from qwenlong.data.loaders import read_text
 from qwenlong.data.recipe import DecontaminateConfig
 from qwenlong.errors import InputError
@@ -134,14 +135,16 @@ class Contamination:
         """Verdict on one question."""
         words = words_of(text)
         shared = self._count(ngram_hashes(words, self.config.ngram))
-        nearest = process.extractOne(
+        alike = process.extract(
             " ".join(words),
             self._questions,
             scorer=fuzz.token_sort_ratio,
             score_cutoff=self.config.question_similarity,
+            limit=None,
         )
-        similarity = round(nearest[1], 1) if nearest else None
-        clean = shared == 0 and nearest is None
+        same = [score for other, score, _ in alike if _asks_the_same(words, other.split())]
+        similarity = round(max(same), 1) if same else None
+        clean = shared == 0 and not same
         return {"verdict": "pass" if clean else "fail", "ngrams": shared, "similarity": similarity}
 
     def sample(self, sample: Sample, resolve: Callable[[str], str]) -> dict[str, Any]:
@@ -163,6 +166,21 @@ class Contamination:
 
     def _count(self, hashes: np.ndarray) -> int:
         return int(np.count_nonzero(_is_in(np.unique(hashes), self._long)))
+
+
+def _asks_the_same(a: list[str], b: list[str]) -> bool:
+    """False where each of two alike questions has a word of content that the other lacks.
+
+    Questions of one template about other things differ like that; a reworded one does not.
+    Inflections ("guard", "guards") count as one word, numbers and names with digits never.
+    """
+
+    def lacks(words: list[str], other: list[str]) -> bool:
+        rest = set(words) - set(other) - OPENERS
+        near = [w for w in set(other) - set(words) if w.isalpha()]
+        return any(not (w.isalpha() and any(fuzz.ratio(w, n) >= 80 for n in near)) for w in rest)
+
+    return not (lacks(a, b) and lacks(b, a))
 
 
 def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:

@@ -288,12 +288,13 @@ def _best_order(
 def _place(
     evidence: list[_Piece], distractors: list[_Piece], spread: bool, rng: np.random.Generator
 ) -> list[_Piece]:
-    count = len(evidence)
-    if spread and count > 1:
-        targets = np.linspace(0, 1, count) + rng.uniform(-0.06, 0.06, count)
-    else:
-        targets = np.sort(rng.random(count))
-    queue = [evidence[i] for i in rng.permutation(count)]
+    targets = np.sort(rng.random(len(evidence)))
+    wanted = min(3, len(evidence)) if spread else 0
+    for _ in range(200):  # three uniform draws are that far apart in one of eight
+        if documents_apart(targets) >= wanted:
+            break
+        targets = np.sort(rng.random(len(evidence)))
+    queue = [evidence[i] for i in rng.permutation(len(evidence))]
     fillers = [distractors[i] for i in rng.permutation(len(distractors))]
     room = sum(piece.cost for piece in fillers)
     pieces, filled = [], 0

@@ -13,8 +13,14 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _ENTITY = re.compile(
     r"`([^`\n]+)`|\"([^\"\n]+)\"|“([^”\n]+)”"  # quoted
-    r"|(?<![.?!]\s)(?<!^)\b([A-Z][\w'’-]*(?:\s+(?:of|the|and|de|du)?\s*[A-Z][\w'’-]*)*)"  # names
+    r"|\b([A-Z][\w'’-]*(?:\s+(?:(?:of|the|and|de|du)\s+)?[A-Z][\w'’-]*)*)"  # names
     r"|\b(\d[\d.,]*\d|\d)\b"
+)
+_NAME = 3  # the group of names in _ENTITY
+OPENERS = frozenset(
+    "a according after among an and answer as at before both by compared consider did do "
+    "does during find for from give given had has have how i if in is it list name of on please "
+    "suppose tell the this to under was were what when where which who whom whose why with".split()
 )
 # Answers that every text contains by chance: their presence says nothing.
 _GENERIC = frozenset("yes no true false none null both neither".split())
@@ -27,9 +33,18 @@ def normalise(text: str) -> str:
 
 
 def entity_terms(question: str) -> list[str]:
-    """Quoted terms, names and numbers of a question, normalised, in order, each once."""
-    found = ("".join(groups) for groups in _ENTITY.findall(question))
-    return list(dict.fromkeys(filter(None, map(normalise, found))))
+    """Quoted terms, names and numbers of a question, normalised, in order, each once.
+
+    A capital letter makes a name, except of the words that begin questions.
+    """
+    found: dict[str, None] = {}
+    for groups in _ENTITY.findall(question):
+        words = normalise("".join(groups)).split()
+        while groups[_NAME] and words and words[0] in OPENERS:
+            del words[0]
+        if words:
+            found[" ".join(words)] = None
+    return list(found)
 
 
 def answer_texts(sample: Sample) -> list[str]:
@@ -47,9 +62,9 @@ class AnswerFinder:
     """Finds the answers of one sample in texts.
 
     A text answer counts where it stands as whole words. A number counts where it stands as a whole
-    number, if it has three digits or more; a shorter one is everywhere, so it counts only next to
-    the sample's unit, or in a text that also names every entity of the question. Answers like "yes"
-    are never found.
+    number, if three of its digits are significant; a shorter one is everywhere, so it counts only
+    next to the sample's unit, or in a text that also names every entity of the question. Answers
+    like "yes" are never found.
     """
 
     def __init__(self, sample: Sample):

@@ -90,12 +90,14 @@ def _draw_yield(axes: Axes, summary: dict[str, Any]) -> None:
     left = np.zeros(len(names))
     for verdict, color in (("pass", _BLUE), ("fail", _RED), ("not_run", _GREY)):
         values = np.array([summary["filters"][name].get(verdict, 0) for name in names], float)
-        bars = axes.barh(names, values, left=left, color=color, label=verdict)
-        labels = [f"{v:,.0f}" if v and verdict == "fail" else "" for v in values]
-        axes.bar_label(bars, labels, fontsize=8, label_type="center", color="white")
+        axes.barh(names, values, left=left, color=color, label=verdict)
         left += values
+    for place, name in enumerate(names):
+        failed = summary["filters"][name].get("fail", 0)
+        axes.text(left[place], place, f" {failed:,}" if failed else "", va="center", fontsize=8)
+    axes.margins(x=0.12)
     axes.tick_params(axis="y", labelsize=8)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def _draw_positions(axes: Axes, positions: list[float]) -> None:

@@ -19,10 +19,14 @@ from qwenlong.data.loaders import import_function
 from qwenlong.data.recipe import ModelConfig, RouteConfig
 from qwenlong.errors import InputError
 from qwenlong.prompts import Message
+from qwenlong.rewards import reward_names
 from qwenlong.types import Sample
 
 if TYPE_CHECKING:
     from qwenlong.llm import Client
+
+# A route may name an answer type as its reward: the rule that the type stands for.
+REWARDS = {"choice": "multiple_choice", "number": "numeric", "text": "cover"}
 
 ROUTES = {
     "multihop": "qwenlong.data.graph:multihop_samples",
@@ -55,7 +59,14 @@ def route_samples(
             raise InputError(
                 f"route {route.route!r} has no option {name!r}; it has {sorted(parameters)}"
             )
-    return function(documents, seed=seed, limit=limit, **options)
+    return map(_with_reward, function(documents, seed=seed, limit=limit, **options))
+
+
+def _with_reward(sample: Sample) -> Sample:
+    name = REWARDS.get(sample.reward, sample.reward)
+    if name not in reward_names():
+        raise InputError(f"sample {sample.id!r} has reward {name!r}; known: {reward_names()}")
+    return sample.model_copy(update={"reward": name})
 
 
 def route_code(route: RouteConfig) -> str:

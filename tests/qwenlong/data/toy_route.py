@@ -66,7 +66,7 @@ def toy_samples(
             documents=[Document(id=p[0].id, title=p[0].title, text=p[0].text) for p in chosen],
             answers=[answer],
             answer_type="text",
-            reward="text",
+            reward="cover",
             evidence=[Evidence(doc=p[0].id, start=p[1], end=p[2]) for p in chosen],
             derivation={"kind": "template", "keepers": [p[3] for p in chosen]},
         )
