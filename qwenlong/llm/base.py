@@ -130,7 +130,7 @@ class Client:
                 if not pending:
                     return
                 done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for future in sorted(done, key=pending.__getitem__):
+                for future in _errors_last(done, pending):
                     yield pending.pop(future), _outcome(future, on_error)
         finally:
             for future in pending:
@@ -157,7 +157,7 @@ class Client:
                 done, _ = concurrent.futures.wait(
                     pending, return_when=concurrent.futures.FIRST_COMPLETED
                 )
-                for future in sorted(done, key=pending.__getitem__):
+                for future in _errors_last(done, pending):
                     yield pending.pop(future), _outcome(future, on_error)
         finally:
             for future in pending:
@@ -338,6 +338,11 @@ async def _cancel_all() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _errors_last(done: Iterable[Any], numbers: dict[Any, int]) -> list[Any]:
+    """By number, failures last, so that an answer is handed over before an error ends it all."""
+    return sorted(done, key=lambda future: (future.exception() is not None, numbers[future]))
 
 
 def _outcome(future: Any, on_error: OnError) -> Completion | RequestRefused:

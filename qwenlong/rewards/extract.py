@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # A response is cut to its last characters before any pattern runs, so that no input is too long.
-MAX_RESPONSE_CHARS = 400_000
+MAX_RESPONSE_CHARS = 100_000
 MAX_ANSWER_CHARS = 20_000
 
 THINK_END = "</think>"

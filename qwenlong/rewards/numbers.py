@@ -58,7 +58,7 @@ _CURRENCY = re.compile(
 )
 _DIGITS = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 _TOKEN = re.compile(_DIGITS)
-_START = re.compile(r"(?<![\w.])[-+(\s]*(?=\.?\d)")
+_START = re.compile(r"(?<![\w.*/])[-+(\s]*(?=\.?\d)")
 _EXPRESSION = re.compile(rf"[-+(\s]*{_DIGITS}(?:[\s()+\-*/]*{_DIGITS})*[\s)]*")
 _MIXED = re.compile(r"([-+]?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)\s*")
 _NO_SINGLE_VALUE = re.compile(
@@ -99,11 +99,8 @@ def parse_number(text: str, *, unit: str = "") -> Number | None:
     words before and after are ignored, except those that make the number one of several or a bound
     ("5 or 6", "5 to 6", "at least 5", "6 feet 2").
     """
-    if len(text) > MAX_CHARS:
-        if text[MAX_CHARS - 1].isdecimal():  # the cut may go through a number
-            return None
-        text = text[:MAX_CHARS]
-    text = _plain_text(text)
+    is_cut = len(text) > MAX_CHARS
+    text = _plain_text(text[:MAX_CHARS])
     if text is None:
         return None
     text = re.split("[=≈]", text)[-1]
@@ -113,7 +110,7 @@ def parse_number(text: str, *, unit: str = "") -> Number | None:
     if start is None or _NO_SINGLE_VALUE.search(text[: start.start()]):
         return None
     match = _EXPRESSION.match(text, start.start())
-    if match is None:
+    if match is None or (is_cut and not text[match.end() :].strip(" ()+-*/.,")):
         return None
     expression = match.group()
     while expression.count("(") > expression.count(")") and expression.lstrip().startswith("("):

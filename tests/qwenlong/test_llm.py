@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import threading
+import time
 
 import pytest
 
@@ -36,7 +37,7 @@ def ask(text, **options):
 
 def connect(url, **options):
     options.setdefault("time", VirtualTime())
-    options.setdefault("timeout", 0.15)
+    options.setdefault("timeout", 20.0)
     return ChatClient(url, model="m", **options)
 
 
@@ -125,7 +126,6 @@ FAULTS = {
     "408": ("status", 408, ()),
     "429": ("status", 429, ()),
     "half": "half",
-    "stall": "stall",
     "not-json": "not json",
     "html": "text",
     "no-choices": "no choices",
@@ -153,7 +153,15 @@ def test_fault_is_retried_until_the_answer(name, stream):
         assert client.totals.answers == 1
 
 
-@pytest.mark.parametrize("fault", ["half stall", "no finish", "bad chunk"])
+@pytest.mark.parametrize("fault, stream", [("stall", False), ("stall", True), ("half stall", True)])
+def test_stall_is_noticed(fault, stream):
+    with serve([fault, fault]) as (_, url):
+        with connect(url, stream=stream, timeout=0.15) as client:
+            assert client.generate(ask("hello there, all")).text == "HELLO THERE, ALL"
+            assert client.totals.failures["timeout"] >= 2  # more on a machine that is busy
+
+
+@pytest.mark.parametrize("fault", ["no finish", "bad chunk"])
 def test_broken_stream_is_retried(fault):
     with serve([fault]) as (server, url), connect(url, stream=True) as client:
         assert client.generate(ask("hello there, all of you")).text == "HELLO THERE, ALL OF YOU"
@@ -163,7 +171,7 @@ def test_broken_stream_is_retried(fault):
 def test_deadline_ends_an_attempt_that_is_not_silent():
     with serve() as (server, url):
         server.delay = 0.3
-        client = connect(url, timeout=5.0, deadline=0.05, retry=RetryPolicy(max_retries=1))
+        client = connect(url, deadline=0.05, retry=RetryPolicy(max_retries=1))
         with client, pytest.raises(ServerUnavailable, match="not done within 0.05 s"):
             client.generate(ask("x"))
 
@@ -185,19 +193,19 @@ def test_exhausted_quota_is_not_retried():
 
 
 def test_retry_after_is_obeyed_by_every_call():
-    time = VirtualTime()
+    seconds = VirtualTime()
     fault = ("status", 429, [("Retry-After", "17")])
-    with serve([fault]) as (_, url), connect(url, time=time) as client:
+    with serve([fault]) as (_, url), connect(url, time=seconds) as client:
         client.generate(ask("x"))
-    assert time.now() == 17.0
+    assert seconds.now() == 17.0
 
 
 def test_retry_after_may_be_a_date_in_the_past():
-    time = VirtualTime()
+    seconds = VirtualTime()
     fault = ("status", 503, [("Retry-After", "Wed, 21 Oct 2015 07:28:00 GMT")])
-    with serve([fault]) as (_, url), connect(url, time=time) as client:
+    with serve([fault]) as (_, url), connect(url, time=seconds) as client:
         assert client.generate(ask("x")).text == "X"
-    assert 0 < time.now() <= 0.5  # the backoff alone
+    assert 0 < seconds.now() <= 0.5  # the backoff alone
 
 
 def closed_port():
@@ -254,36 +262,36 @@ def test_backoff_doubles_with_jitter_up_to_a_cap():
 
 
 def test_concurrency_limit_is_kept_and_used():
-    with serve() as (server, url), connect(url, timeout=5.0, max_concurrency=3) as client:
+    with serve() as (server, url), connect(url, max_concurrency=3) as client:
         server.delay = 0.02
         assert len(list(client.iter_many(ask(f"q{i}") for i in range(12)))) == 12
         assert server.most_busy == 3
 
 
 def test_request_rate_limit():
-    time = VirtualTime()
-    client = ScriptedClient(lambda m: "x", requests_per_minute=60, time=time)
+    seconds = VirtualTime()
+    client = ScriptedClient(lambda m: "x", requests_per_minute=60, time=seconds)
     with client:
         list(client.iter_many(ask(f"q{i}") for i in range(90)))
-    assert time.now() == pytest.approx(30.0)  # 60 at once, then one a second
+    assert seconds.now() == pytest.approx(30.0)  # 60 at once, then one a second
 
 
 def test_token_rate_limit_uses_what_was_counted():
     # Estimate: 400 characters / 4 + 100 = 200 tokens; counted: 1 + 1.
-    time = VirtualTime()
-    client = ScriptedClient(lambda m: "x", tokens_per_minute=600, time=time, max_concurrency=1)
+    seconds = VirtualTime()
+    client = ScriptedClient(lambda m: "x", tokens_per_minute=600, time=seconds, max_concurrency=1)
     with client:
         list(client.iter_many([ask("y" * 400, max_tokens=100, seed=i) for i in range(10)]))
-    assert time.now() == 0.0
+    assert seconds.now() == 0.0
 
     async def estimates_alone():
-        limiter = RateLimiter(None, 600, time)
+        limiter = RateLimiter(None, 600, seconds)
         for _ in range(4):
             await limiter.acquire(300)
         await limiter.acquire(10**9)  # more than a minute holds: a full bucket
 
     asyncio.run(estimates_alone())
-    assert time.now() == pytest.approx(60.0 + 60.0)
+    assert seconds.now() == pytest.approx(60.0 + 60.0)
 
 
 # --- cache -------------------------------------------------------------------
@@ -338,7 +346,7 @@ def test_every_field_survives_the_cache(tmp_path):
 
 
 def test_call_that_waits_for_the_same_call_gets_its_answer(tmp_path):
-    with serve() as (server, url), connect(url, cache=tmp_path, timeout=5.0) as client:
+    with serve() as (server, url), connect(url, cache=tmp_path) as client:
         server.delay = 0.03
         answers = [c for _, c in client.iter_many([ask("same")] * 5 + [ask("other")])]
         assert len(server.bodies) == 2 and len(answers) == 6
@@ -346,7 +354,7 @@ def test_call_that_waits_for_the_same_call_gets_its_answer(tmp_path):
 
 
 def test_cancelled_call_does_not_take_its_twin_with_it(tmp_path):
-    with serve() as (server, url), connect(url, cache=tmp_path, timeout=5.0) as client:
+    with serve() as (server, url), connect(url, cache=tmp_path) as client:
         server.delay = 0.05
 
         async def run():
@@ -529,6 +537,30 @@ def test_refused_request_raises_or_is_yielded():
     assert out[1].status == 400
 
 
+def test_answers_come_before_the_error_that_ends_it():
+    replied = []
+
+    def reply(messages):
+        replied.append(messages)
+        if messages[0]["content"] == "q0":
+            raise RequestRefused("no")
+        return "fine"
+
+    def requests():
+        yield ask("q0")
+        yield ask("q1")
+        while len(replied) < 2:
+            time.sleep(0.001)
+        time.sleep(0.05)  # both have ended when the first is looked at
+
+    with ScriptedClient(reply) as client:
+        answered = []
+        with pytest.raises(RequestRefused):
+            for i, _ in client.iter_many(requests()):
+                answered.append(i)
+    assert answered == [1]
+
+
 def test_answers_of_a_group_are_kept_when_one_of_it_fails(tmp_path):
     class Unlucky(ScriptedClient):
         def answer(self, request):
@@ -564,14 +596,14 @@ def test_threads_share_a_client():
 
 
 def test_scripted_faults_are_retried_like_a_server_s():
-    time = VirtualTime()
+    seconds = VirtualTime()
     faults = [TransientError("HTTP 500"), None, TransientError("HTTP 429", retry_after=9.0)]
-    with ScriptedClient(lambda m: "x", faults=faults, time=time) as client:
+    with ScriptedClient(lambda m: "x", faults=faults, time=seconds) as client:
         client.generate(ask("a"))
         client.generate(ask("b"))
         assert [r.messages[0]["content"] for r in client.calls] == ["a", "b"]
         assert client.totals.failures == {"HTTP 500": 1, "HTTP 429": 1}
-    assert 9.25 <= time.now() <= 9.5
+    assert 9.25 <= seconds.now() <= 9.5
 
 
 def test_error_in_a_scripted_reply_reaches_the_caller():
