@@ -76,10 +76,10 @@ def _make_group() -> Any:
 
 def _missing_package(error: ImportError, args: Sequence[str]) -> str:
     name = next((arg for arg in args if arg in SUBCOMMANDS), None)
-    command, extra = (
-        (f"qwenlong {name}", SUBCOMMANDS[name].extra) if name else ("qwenlong", "score")
-    )
-    return f"{command} needs the package '{error.name}': pip install 'qlkernels[{extra}]'"
+    command = f"qwenlong {name}" if name else "qwenlong"
+    extra = SUBCOMMANDS[name].extra if name else "score"
+    package = (error.name or "").split(".")[0]
+    return f"{command} needs the package '{package}': pip install 'qlkernels[{extra}]'"
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -286,7 +286,8 @@ def _check_finite(scores: DocumentScores, into: slice) -> None:
     if not finite.all():
         token = into.start + int(np.argmin(finite))
         raise InputError(
-            f"the model gives no finite score for token {token}; use --dtype float32 or bfloat16."
+            f"the model gives no finite score for token {token}; use --dtype float32, "
+            "or download its weights again."
         )
 
 
@@ -419,6 +420,7 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("left"),
         console=console,
+        transient=True,
     )
 
 
@@ -500,7 +502,7 @@ def score(
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     impl: Annotated[
-        str, typer.Option(help="Implementation of the head: auto, triton, torch or reference.")
+        str, typer.Option(help="Of the head: auto, triton, cpu, torch or reference.")
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace earlier scores.")] = False,
 ) -> None:

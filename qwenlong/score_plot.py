@@ -150,12 +150,12 @@ def _draw_quotes(axes: Any, passages: Sequence[Passage]) -> None:
     step = 1.0 / (len(passages) + 0.6)
     axes.text(0, 1.0, "Most uncertain passages", fontsize=10, weight="bold", va="top")
     for number, passage in enumerate(passages, 1):
-        quote = " ".join(passage.text.split())[:_QUOTE_CHARACTERS]
+        quote = f"… {' '.join(passage.text.split())[:_QUOTE_CHARACTERS]} …"
         where = f"tokens {passage.first:,} to {passage.last - 1:,}, {passage.mean_entropy:.2f} nats"
         axes.text(
             0, 1.0 - (number - 0.4) * step, f"{number}  {where}", fontsize=8, va="top", color="0.3"
         )
         axes.text(
-            0.235, 1.0 - (number - 0.4) * step, textwrap.fill(f"… {quote} …", 118), fontsize=8, va="top",
+            0.235, 1.0 - (number - 0.4) * step, textwrap.fill(quote, 118), fontsize=8, va="top",
             parse_math=False, linespacing=1.15,
         )  # fmt: skip
