@@ -127,8 +127,9 @@ def _exp_kernel(
             inv_tau = 1.0 / tl.load(temperature_ptr + offs_t, mask=mask_t, other=1.0)
         h = tl.load(offset_ptr + offs_t, mask=mask_t, other=0.0)
         z = acc * scale
-        # a logit of -inf (a bias) has E = 0 and adds 0 to Q; NaN stays NaN
-        d = tl.where(z == -float("inf"), -1.0e4, (z - h[:, None]) * inv_tau[:, None])
+        d = (z - h[:, None]) * inv_tau[:, None]
+        if HAS_BIAS:  # a logit of -inf has E = 0 and adds 0 to Q; NaN stays NaN
+            d = tl.where(z == -float("inf"), -1.0e4, d)
         if not EVEN_V:
             d = tl.where((offs_v < V)[None, :], d, -1.0e4)
         e = tl.exp(d)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import json
 import re
 import subprocess
 import tempfile
@@ -85,3 +87,39 @@ def ptxas_report(compiled, capability: int) -> str:
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+OPS = ["logprob_entropy", "linear_logprob", "policy_loss", "linear_policy_loss"]
+CAPABILITIES = [80, 90, 100]
+BUDGET = Path(__file__).parent / "qlkernels" / "aot_budget.json"
+
+
+def variants():
+    """Every kernel as it is launched, once per card: (name, capability, compile_for arguments)."""
+    for op in OPS:
+        module = importlib.import_module(f"qlkernels.{op}")
+        for name, kernel, signature, constexprs, aligned, options in module.aot_variants():
+            capabilities = options.get("capabilities", CAPABILITIES)
+            options = {k: v for k, v in options.items() if k != "capabilities"}
+            for capability in capabilities:
+                yield (
+                    name,
+                    capability,
+                    (kernel, capability, signature, constexprs, aligned, options),
+                )
+
+
+def write_budget() -> None:
+    """Measure the table again: ``python -m tests.aot``, after a change that was looked at."""
+    table: dict[str, dict] = {}
+    for name, capability, arguments in variants():
+        compiled = compile_for(*arguments)
+        row = dict(registers=resources(compiled)["REG"], shared=compiled.metadata.shared)
+        if "wgmma.mma_async" in compiled.asm["ptx"]:
+            row["wgmma"] = True
+        table.setdefault(name, {})[f"sm{capability}"] = row
+    BUDGET.write_text(json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_budget()

@@ -76,7 +76,10 @@ def fold_kernel(
         if HAS_TEMPERATURE:
             inv_tau = 1.0 / tl.load(temperature_ptr + offs_t, mask=mask_t, other=1.0)
         m = tl.maximum(tl.max(z, 1), -1.0e30)  # finite where the tile is all -inf
-        d = shifted(z, m[:, None], inv_tau[:, None])
+        if HAS_BIAS or not EVEN_V:  # only then can a logit be -inf
+            d = shifted(z, m[:, None], inv_tau[:, None])
+        else:
+            d = (z - m[:, None]) * inv_tau[:, None]
         e = tl.exp(d)
         part = pid_v.to(tl.int64) * T + offs_t
         tl.store(m_ptr + part, m, mask=mask_t)
@@ -227,7 +230,10 @@ def dlogits_kernel(
         # a row with zero upstream is selected to 0: its scores may be NaN
         dead = (g_l == 0.0) & (g_h == 0.0) & (g_lse == 0.0)
 
-        logp = shifted(z, anchor_z[:, None], inv_tau[:, None]) + anchor_l[:, None]
+        if HAS_BIAS:  # only then can a logit be -inf
+            logp = shifted(z, anchor_z[:, None], inv_tau[:, None]) + anchor_l[:, None]
+        else:
+            logp = (z - anchor_z[:, None]) * inv_tau[:, None] + anchor_l[:, None]
         du = tl.exp(logp) * ((g_lse - g_l)[:, None] - g_h[:, None] * (logp + entropy[:, None]))
         local = tl.load(target_ptr + offs_t, mask=mask_t, other=-1) - first_v - column
         is_y = local[:, None] == tl.arange(0, BLOCK_V)[None, :]
