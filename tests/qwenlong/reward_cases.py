@@ -165,3 +165,27 @@ DENSE = [
 ]
 
 CASES = TEXT + CHOICE + NUMBER + DENSE
+
+
+def as_markdown() -> str:
+    """The table of ``docs/rewards.md``."""
+
+    def cell(text: str) -> str:
+        return "`` " + text.replace("\n", "⏎").replace("|", "¦") + " ``"
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:g}"
+
+    lines = [
+        "| reward | gold | response | ours | published | reason |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        golds = ", ".join(cell(gold) for gold in case.golds)
+        shown = {k: v for k, v in case.fields.items() if k in ("unit", "tolerance")}
+        extra = "".join(f", {name} {value}" for name, value in shown.items())
+        lines.append(
+            f"| {case.reward} | {golds}{extra} | {cell(case.response)} | {number(case.expected)} "
+            f"| {number(case.published)} | {case.why} |"
+        )
+    return "\n".join(lines)

@@ -8,6 +8,7 @@ import threading
 import time
 from difflib import SequenceMatcher
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,7 @@ from qwenlong.rewards import (
     parse_number,
     parse_verdict,
     register_reward,
+    registry,
     reward_names,
     score,
     score_many,
@@ -41,7 +43,7 @@ from qwenlong.rewards import (
 )
 from qwenlong.rewards.rules import WINDOW
 from qwenlong.types import Sample, Trajectory
-from tests.qwenlong.reward_cases import CASES, FOUR, NUMBER, SAID
+from tests.qwenlong.reward_cases import CASES, FOUR, NUMBER, SAID, as_markdown
 
 
 def make(reward="sub_em", golds=("Paris",), **fields):
@@ -74,6 +76,29 @@ def test_table_is_large_and_differences_are_explained():
     for case in published:
         if case.expected != case.published:
             assert "ours" in case.why or "L1 gives 0" in case.why, case
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
+
+
+def test_documentation_lists_the_table():
+    assert DOCS.read_text().endswith("\n\n" + as_markdown() + "\n")
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """What the test registers is forgotten."""
+    monkeypatch.setattr(registry, "_REWARDS", dict(registry._REWARDS))
+
+
+def test_documentation_names_every_reward_and_runs(own_registry):
+    text = DOCS.read_text()
+    for name in reward_names():
+        assert f"| `{name}` |" in text
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, str(DOCS), "exec"), names)
+    assert names["judge"].counts["yes"] == 1
 
 
 # --- oracles: the published graders, written down again from their descriptions ----
@@ -436,15 +461,15 @@ def test_needle_recall_without_needles():
 # --- registry ----------------------------------------------------------------
 
 
-def test_a_new_reward_is_one_function():
-    @register_reward("test_length")
+def test_a_new_reward_is_one_function(own_registry):
+    @register_reward("length")
     def _length(sample, text):
         return Graded(min(1.0, len(text) / 10), text[:3])
 
-    result = score(make("test_length"), "</think>12345")
-    assert (result.value, result.extracted, result.scorer) == (0.5, "123", "test_length")
+    result = score(make("length"), "</think>12345")
+    assert (result.value, result.extracted, result.scorer) == (0.5, "123", "length")
     with pytest.raises(ValueError, match="registered already"):
-        register_reward("test_length")(_length)
+        register_reward("length")(_length)
 
 
 def test_unknown_reward_lists_the_known():
