@@ -9,10 +9,7 @@ holds the documents that state the facts, the characters where they do, and the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +24,7 @@ from qwenlong.data.graph_questions import (
 )
 from qwenlong.data.graph_sources import Triple, document_triples
 from qwenlong.data.knowledge_graph import KnowledgeGraph, Node
+from qwenlong.data.samples import NUMBER_INSTRUCTIONS, contains_term, sample_id
 from qwenlong.prompts import TEXT_INSTRUCTIONS
 from qwenlong.types import Document, Evidence, Sample
 
@@ -35,8 +33,6 @@ EVAL_SHARE = 0.05  # of the samples, as of the documents
 FEW_DOCUMENTS_SHARE = 0.1  # of the samples may rest on fewer than three documents
 _TRIES = 25  # drafts for one sample
 _PATIENCE = 8  # samples in a row that a question function may fail to give before it is dropped
-
-NUMBER_INSTRUCTIONS = "Give the number in digits. " + TEXT_INSTRUCTIONS
 
 
 def build_graph(
@@ -189,17 +185,3 @@ def _sample(
         evidence=evidence,
         derivation=derivation,
     )
-
-
-def sample_id(route: str, content: Any) -> str:
-    """``route`` and the start of the sha256 of ``content`` as canonical JSON, 24 characters."""
-    canonical = json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return f"{route}-{hashlib.sha256(canonical.encode()).hexdigest()}"[:24]
-
-
-def contains_term(text: str, term: str) -> bool:
-    """Whether ``term`` stands in ``text`` as words of its own, or as the head of a dotted name."""
-    if term.casefold() not in text.casefold():
-        return False
-    pattern = rf"(?<![\w.]){re.escape(term)}(?!\w)"
-    return re.search(pattern, text, re.IGNORECASE) is not None
