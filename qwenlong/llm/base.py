@@ -84,7 +84,7 @@ class Client:
         self.totals = Totals()
         self._limits = (requests_per_minute, tokens_per_minute)
         self._time = time or WallTime()
-        self._jitter = random.Random(0)
+        self._jitter = random.Random()
         self._in_flight: dict[str, asyncio.Future[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None

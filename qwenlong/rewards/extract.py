@@ -11,8 +11,11 @@ MAX_ANSWER_CHARS = 20_000
 THINK_END = "</think>"
 
 MAX_BRACKETS = 8  # enclosing brackets that are taken off, and boxes that are tried
+# "I hope this answer is helpful" states nothing: an article or an adjective must stand before the
+# word, or a line begin with it.
 _ANSWER_IS = re.compile(
-    r"\banswer(?:[ \t]+to\b[^.:\n]{0,80}?)?[*_ \t]*(?:\bis\b|:)[*_ \t:]*"
+    r"(?:\b(?:the|my|our|final|correct|right|best|short)[ \t]+|(?:^|[\n*_#>])[ \t]*)"
+    r"answer(?:[ \t]+to\b[^.:\n]{0,80}?)?[*_ \t]*(?:\bis\b|:)[* \t:]*"
     r"|答案\s*(?:是|为|[:：])\s*[:：]?",
     re.IGNORECASE,
 )
@@ -23,14 +26,14 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s
 def final_text(response: str, *, require_think_end: bool = False) -> str:
     """What a response says after its thinking.
 
-    Text up to the last ``</think>`` is thinking. A response that opens ``<think>`` and never closes
-    it has not answered: the result is empty. With ``require_think_end`` a response without
+    Text up to the last ``</think>`` is thinking. A response that opens with ``<think>`` and never
+    closes it has not answered: the result is empty. With ``require_think_end`` a response without
     ``</think>`` is empty too, as QwenLong-L1's released rewards have it.
     """
     before, mark, after = response.rpartition(THINK_END)
     if mark:
         return after.strip()[-MAX_RESPONSE_CHARS:]
-    if require_think_end or "<think>" in response:
+    if require_think_end or response.lstrip().startswith("<think>"):
         return ""
     return response[-MAX_RESPONSE_CHARS:]
 
@@ -105,7 +108,7 @@ def clean_answer(text: str) -> str:
     text = _TEXT_COMMAND.sub(r"\1", text[:MAX_ANSWER_CHARS])
     for _ in range(MAX_BRACKETS):
         before = text
-        text = text.strip().strip('*_`"“”').strip()
+        text = text.strip().strip('*`"“”').strip()
         if text.startswith("$") and text.endswith("$") and len(text) > 1:
             text = text[1:-1]
         text = text.removesuffix("。")
@@ -122,10 +125,10 @@ def clean_answer(text: str) -> str:
 def extract_choice(text: str, choices: list[str]) -> str | None:
     """The option letter that ``text`` states, or None.
 
-    Looked for in the stated answer (``extract_answer``), then in the whole text: a letter at its
-    start, else the text of exactly one option. Letters run from ``A`` to the number of ``choices``.
-    A letter that could be a word ("the answer is a matter of taste") and a choice between letters
-    ("(A) or (B)") are no answer.
+    Looked for in the stated answer (``extract_answer``), then in the whole text: the text of
+    exactly one option, else a letter at its start. Letters run from ``A`` to the number of
+    ``choices``. A letter that could be a word ("the answer is a matter of taste") and a choice
+    between letters ("(A) or (B)") are no answer.
     """
     if not 1 <= len(choices) <= 26:
         raise ValueError(f"extract_choice: {len(choices)} choices; there must be 1 to 26")
@@ -134,13 +137,13 @@ def extract_choice(text: str, choices: list[str]) -> str | None:
     for candidate, is_stated in ((stated, True), (clean_answer(text), False)):
         if candidate is None:
             continue
+        wanted = _folded(candidate)
+        same = [i for i, choice in enumerate(choices) if _folded(choice) == wanted]
+        if len(same) == 1 and len(wanted) > 1:  # one character is a letter first
+            return chr(ord("A") + same[0])
         letter = _leading_letter(candidate, len(choices), is_stated=is_stated)
         if letter is not None:
             return letter
-        wanted = _folded(candidate)
-        same = [i for i, choice in enumerate(choices) if _folded(choice) == wanted]
-        if len(same) == 1:
-            return chr(ord("A") + same[0])
     return None
 
 
@@ -154,9 +157,9 @@ def _leading_letter(text: str, count: int, *, is_stated: bool) -> str | None:
     )
     if match is None and is_stated:
         # An upper-case letter and more words; "A" and "I" may be words themselves.
-        match = re.match(rf"(?![AI])({letters})\b(?!['’-])|([AI])\s+(?:because|since|as)\b", text)
-        if match and match.group(1) is None and not re.match(letters, match.group(2)):
-            match = None
+        match = re.match(
+            rf"(?![AI])({letters})\b(?!['’-])|(?={letters})([AI])\s+(?:because|since|as)\b", text
+        )
     if match is None:
         return None
     other = rf"[\s.:),;]*(?:\b(?:or|and)\b|[/,&])[\s(]*{letters}\b"
@@ -166,4 +169,4 @@ def _leading_letter(text: str, count: int, *, is_stated: bool) -> str | None:
 
 
 def _folded(text: str) -> str:
-    return " ".join(clean_answer(text).casefold().split())
+    return " ".join(clean_answer(text.replace("*", "")).casefold().split())

@@ -121,10 +121,9 @@ def parse_number(text: str, *, unit: str = "") -> Number | None:
     rest = text[match.end() :]
     is_touching = not expression[-1:].isspace()
     letter = re.match(r"[kKMmB]\b", rest) if is_touching else None
-    scale = Fraction(1)
     if letter and letter.group() != unit and (letter.group() != "m" or has_currency):
         scale, rest = Fraction(_SCALE_LETTERS[letter.group()]), rest[1:]
-    elif rest.strip().casefold() != unit.casefold() or _scale_of(unit) != 1:
+    else:
         scale, rest = _take_scale(rest)
     return Number(value, scale) if _is_context(rest) else None
 
@@ -156,7 +155,7 @@ def _evaluate(expression: str) -> Fraction | None:
     if mixed:
         sign, whole, numerator, denominator = mixed.groups()
         expression = f"{sign}({whole}+{numerator}/{denominator})"
-    elif re.search(r"\d-\.?\d", expression) and not re.search(r"[eE]-\d", expression):
+    elif re.search(r"\d-\.?\d", expression):
         return None  # 2019-2020 is a range
     elif re.search(r"\d\s*/\s*\d+\s*/\s*\d", expression):
         return None  # 12/05/2021 is a date
@@ -214,10 +213,6 @@ def _take_scale(text: str) -> tuple[Fraction, str]:
             return scale, text
 
 
-def _scale_of(unit: str) -> Fraction:
-    return _take_scale(unit)[0]
-
-
 def _is_context(rest: str) -> bool:
     """Whether ``rest`` leaves the number before it the only one: words, or "in 2021"."""
     rest = re.split(r"[.;!?](?:\s|$)", rest, maxsplit=1)[0]
@@ -233,7 +228,8 @@ def parse_gold(gold: str, unit: str | None) -> Number | None:
     number = parse_number(gold, unit=unit or "")
     if number is None or number.scale != 1 or not unit:
         return number
-    return Number(number.value, _scale_of(_CURRENCY.sub("", unit)))
+    unit = re.sub(r"^[\s(]*(?:in\s+)?", "", _CURRENCY.sub("", unit))  # "(in millions)"
+    return Number(number.value, _take_scale(unit)[0])
 
 
 def is_close(value: Fraction, gold: Fraction, tolerance: Fraction) -> bool:

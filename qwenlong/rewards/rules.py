@@ -1,4 +1,4 @@
-"""The registered rewards. Each looks at the stated answer, or where none is stated at the text.
+"""The registered rewards. Most look at the stated answer, or where none is stated at the text.
 
 Of a text that states no answer only the last ``WINDOW`` characters count, and of a stated answer
 the first: a reply that copies its documents would contain every gold. A gold longer than half of
@@ -45,9 +45,10 @@ _register_text("needle", text.sequence_ratio, judge=False)
 
 @register_reward("needle_recall")
 def _needle_recall(sample: Sample, final: str) -> Graded:
-    """Every answer is a needle; the fraction of them that the reply names."""
-    answer = stated_or_end(sample, final)
-    return Graded(text.needle_recall(answer, sample.answers), answer)
+    """Every answer is a needle; the fraction of them that the end of the text names."""
+    window = max(WINDOW, 2 * sum(len(gold) for gold in sample.answers))
+    end = final.strip()[-window:]  # a list may take many lines after "the answer is"
+    return Graded(text.needle_recall(end, sample.answers), end)
 
 
 @register_reward("mrcr")
@@ -102,6 +103,7 @@ def _graded_number(
     answer = extract_answer(final)
     if answer is None:
         answer = final.strip().rsplit("\n", 1)[-1].strip()
+    answer = answer[:WINDOW]
     number = numbers.parse_number(answer, unit=sample.unit or "")
     for gold in sample.answers:
         gold_number = numbers.parse_gold(gold, sample.unit)

@@ -233,6 +233,12 @@ def test_ratio_of_an_endless_prediction_is_bounded_in_work_and_in_value():
         ("the answer is", None),
         ("the answer is   \n \n", None),
         (r"\boxed{}", None),
+        ("The answer is 4. I hope this answer is helpful.", "4. I hope this answer is helpful"),
+        ("The answer is 4.\nI hope this answer is helpful.\nNo other answer: sorry", "4"),
+        ("so the final answer is 4", "4"),
+        ("The answer is `__init__`.", "__init__"),
+        ("The answer is __init__", "__init__"),
+        ("# Answer: 4", "4"),
         ("", None),
     ],
 )
@@ -244,7 +250,8 @@ def test_final_text():
     assert final_text("a</think> b</think>\n c ") == "c"
     assert final_text("plain ") == "plain "
     assert final_text("plain", require_think_end=True) == ""
-    assert final_text("<think>plain") == "" == final_text("x</think>")
+    assert final_text("\n<think>plain") == "" == final_text("x</think>")
+    assert final_text("The tag <think> opens.") == "The tag <think> opens."
 
 
 def test_text_without_a_statement_counts_by_its_end_alone():
@@ -384,6 +391,7 @@ def test_unit_that_looks_like_a_scale():
     assert parse_gold("3", "million USD") == Number(Fraction(3), Fraction(10**6))
     assert parse_gold("12.5%", "%") == parse_gold("12.5", "%")
     assert parse_gold("3 million", "million USD") == parse_gold("3", "USD million")
+    assert parse_gold("3", "(in millions)") == parse_gold("3", "million")
     assert parse_gold("3", "USD million") == parse_gold("3", "million USD")
 
 
@@ -454,6 +462,11 @@ def test_hostile_gold_raises_nothing(gold):
             assert score(sample, response).value == pytest.approx(0, abs=0.3)
 
 
+def test_needles_on_lines_after_the_statement():
+    sample = make("needle_recall", ["17", "23", "99"])
+    assert score(sample, "The answer is:\n- 17\n- 23\n").value == pytest.approx(2 / 3)
+
+
 def test_needle_recall_without_needles():
     assert needle_recall("x", []) == needle_recall("x", ["", "?"]) == 0
 
@@ -490,7 +503,10 @@ def test_choices_must_have_letters(count):
 
 def test_option_texts_that_are_equal_name_no_option():
     assert extract_choice("The answer is same", ["same", "Same", "x"]) is None
-    assert extract_choice("The answer is x", ["same", "Same", "x"]) == "C"
+    assert extract_choice("The answer is xy", ["same", "Same", "xy"]) == "C"
+    assert extract_choice("The answer is C: red", ["C: red", "D: red", "x"]) == "A"
+    assert extract_choice("The answer is B", ["B", "A"]) == "B"  # one character is a letter
+    assert extract_choice("The answer is 2 * 3", ["2 * 3", "6"]) == "A"
 
 
 def test_score_fits_a_trajectory():
