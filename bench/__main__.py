@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import bench.cases  # noqa: F401  (fills the registry)
@@ -78,6 +79,8 @@ def _run(
     if list_:
         _print_list(points, chosen, console)
         return
+    if profiler is Profiler.ncu and chosen != "cuda":
+        raise _fail("--profile ncu profiles CUDA kernels: it needs a GPU and --device cuda")
     if profiler is not None:
         points = [point for point in points if point.op != "ceiling"]
     if in_range:
@@ -99,6 +102,10 @@ def _run(
     folder = SCRATCH if quick else results.RESULTS
     path = out or folder / f"{machine.slug(chosen)}.csv"
     try:
+        results.append_rows(path, [])  # a file that does not fit must not show after the work
+    except (results.BadFile, OSError) as error:
+        raise _fail(str(error)) from None
+    try:
         report = run.run_points(
             points,
             chosen,
@@ -111,13 +118,13 @@ def _run(
     except KeyboardInterrupt:
         console.print(f"interrupted; the finished shapes are in {path}", highlight=False)
         raise typer.Exit(130) from None
-    except results.BadFile as error:
-        raise _fail(str(error)) from None
     console.print(f"run {report.run}: {len(report.rows)} rows -> {path}", highlight=False)
     if report.failed:
         for line in report.failed:
-            console.print(f"[red]failed[/] {line}", highlight=False)
+            console.print(f"[red]failed[/] {escape(line)}", highlight=False)
         raise typer.Exit(1)
+    if impls and all(row.op == "ceiling" for row in report.rows):
+        raise _fail(f"no provider that runs here matches {', '.join(impls)}; see --list")
 
 
 def _print_list(points: list[registry.Point], device: str, console: Console) -> None:
@@ -133,7 +140,7 @@ def _print_list(points: list[registry.Point], device: str, console: Console) -> 
         for name in found:
             console.print(f"  {name} ({scopes[name]})", highlight=False)
         for name, reason in absent.items():
-            console.print(f"  [yellow]absent[/] {name}: {reason}", highlight=False)
+            console.print(f"  [yellow]absent[/] {name}: {escape(reason)}", highlight=False)
 
 
 @app.command("plot")

@@ -34,8 +34,8 @@ def plot_folder(folder: Path, run: str | None = None) -> list[Path]:
 
 
 def _series(row: Row) -> tuple[str, str, str]:
-    """What a panel holds fixed: the case, the dtype and the shape without T."""
-    rest = ";".join(pair for pair in row.shape.split(";") if not pair.startswith("T="))
+    """What a panel holds fixed: the case, the dtype and the shape without what grows with T."""
+    rest = ";".join(pair for pair in row.shape.split(";") if pair[:2] not in ("T=", "B="))
     return row.case, row.dtype, rest
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 import bench.cases  # noqa: F401  (fills the registry)
 from bench import timing
@@ -33,7 +34,7 @@ def _providers(
         try:
             problem = build(point, device)
         except Unavailable as error:
-            console.print(f"[yellow]absent[/] {point}: {error}", highlight=False)
+            console.print(f"[yellow]absent[/] {point}: {escape(str(error))}", highlight=False)
             continue
         for name, call in problem.impls.items():
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in impls or ("ours-*",)):
@@ -42,7 +43,9 @@ def _providers(
                 for _ in range(WARM_UP_CALLS):
                     call()
             except RuntimeError as error:
-                console.print(f"[yellow]absent[/] {point} {name}: {error}", highlight=False)
+                console.print(
+                    f"[yellow]absent[/] {point} {name}: {escape(str(error))}", highlight=False
+                )
                 continue
             yield point, name, call
 
@@ -85,9 +88,8 @@ def ncu_command(ncu: str, report: Path, arguments: Sequence[str]) -> list[str]:
     """
     return [
         *(ncu, "--set", "full", "--target-processes", "application-only"),
-        # [ : the range may hold the ranges of the ops; kernels outside it (inputs, warm-up) are
-        # left out
-        *("--nvtx", "--nvtx-include", f"[{NVTX_RANGE}/*"),
+        # the slash marks a push-pop range; inputs and warm-up lie outside it
+        *("--nvtx", "--nvtx-include", f"{NVTX_RANGE}/"),
         *("--force-overwrite", "--export", str(report)),
         *(sys.executable, "-m", "bench", *arguments),
     ]

@@ -125,7 +125,8 @@ def select(
             chosen = list({p.case: p for p in reversed(chosen)}.values())[::-1]
         found += chosen
     if not found:
-        raise ValueError(f"bench: no case of {', '.join(names)} matches {', '.join(cases)}")
+        matching = f" that matches {', '.join(cases)}" if cases else ""
+        raise ValueError(f"bench: {', '.join(names)} has no case on {device}{matching}")
     return found
 
 

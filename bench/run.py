@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -30,6 +31,7 @@ class Report:
     """
 
     run: str
+    commit: str
     rows: list[Row] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -53,15 +55,14 @@ def run_points(
     """
     console = console or Console()
     clock = clock or timing.clock_for(device)
-    report = Report(machine.new_run_id())
-    append_rows(out, [])  # a file that does not fit must not show after the work
+    report = Report(machine.new_run_id(), machine.git_commit() if commit is None else commit)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(points))
         for point in points:
             progress.update(task, description=str(point))
             patterns = () if point.op == "ceiling" else impls
-            rows = _measure(point, device, patterns, seconds, commit, clock, report, console)
+            rows = _measure(point, device, patterns, seconds, clock, report, console)
             if rows:
                 append_rows(out, rows)
                 report.rows += rows
@@ -74,7 +75,6 @@ def _measure(
     device: str,
     impls: Sequence[str],
     seconds: float,
-    commit: str | None,
     clock: timing.Clock,
     report: Report,
     console: Console,
@@ -82,7 +82,7 @@ def _measure(
     try:
         problem = build(point, device)
     except Unavailable as error:
-        console.print(f"[yellow]absent[/]  {point}: {error}", highlight=False)
+        console.print(f"[yellow]absent[/]  {point}: {escape(str(error))}", highlight=False)
         return []
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
@@ -98,9 +98,9 @@ def _measure(
             accepted[name] = gate(problem, name, call)
         except Unavailable as error:
             problem.absent[name] = str(error)
-        except (
-            Exception
-        ) as error:  # a peer that fails must not stop the run, and ours must be reported
+        except torch.cuda.OutOfMemoryError:
+            problem.absent[name] = "out of memory at this shape"
+        except Exception as error:  # a failing peer must not stop the run
             reason = str(error).splitlines()[0] if str(error) else ""
             wrong = isinstance(error, WrongResult)
             refused[name] = f"wrong: {reason}" if wrong else f"{type(error).__name__}: {reason}"
@@ -143,7 +143,7 @@ def _measure(
             gpu=machine.device_name(device),
             torch=torch.__version__,
             triton=machine.package_version("triton"),
-            commit=machine.git_commit() if commit is None else commit,
+            commit=report.commit,
             date=machine.utc_now(),
         )
         for name, timed in zip(calls, timings.values(), strict=True)
@@ -203,7 +203,7 @@ def _print(
         )
     console.print(table)
     for name, reason in refused.items():
-        console.print(f"  [red]refused[/] {name}: {reason}", highlight=False)
+        console.print(f"  [red]refused[/] {name}: {escape(reason)}", highlight=False)
     for name, reason in absent.items():
-        console.print(f"  [yellow]absent[/]  {name}: {reason}", highlight=False)
+        console.print(f"  [yellow]absent[/]  {name}: {escape(reason)}", highlight=False)
     console.print()

@@ -41,7 +41,7 @@ def _policy_loss(device: str, case: str, dtype: torch.dtype, T: int, B: int, los
     options = dict(generator=generator, device=device)
 
     # a peaked policy a few steps away from the one that sampled
-    logprobs = -(torch.rand(T, **options).clamp_min(1e-6).log().neg() ** 3) / 6
+    logprobs = -(torch.rand(T, **options).clamp_min(1e-6).log() ** 2) / 4
     old_logprobs = logprobs + 0.1 * torch.randn(T, **options)
     ref_logprobs = logprobs + 0.2 * torch.randn(T, **options)
     entropy = 0.4 * torch.rand(T, **options)

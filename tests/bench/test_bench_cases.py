@@ -55,7 +55,7 @@ def test_selection():
     assert [(p.case, p.shape["T"]) for p in quick][:2] == [("fwd", 2048), ("fwd_bwd", 2048)]
     with pytest.raises(ValueError, match="unknown op 'moo'; choose from ceiling"):
         select(["moo"], "cpu")
-    with pytest.raises(ValueError, match="no case of policy_loss matches nothing"):
+    with pytest.raises(ValueError, match="policy_loss has no case on cpu that matches nothing"):
         select(["policy_loss"], "cpu", ["nothing"])
 
 

@@ -23,7 +23,9 @@ def invoke(monkeypatch, *arguments: str) -> int:
 def tiny(monkeypatch):
     monkeypatch.setattr(registry, "OPS", {})
 
-    @registry.register("tiny", cuda=[], cpu=[{"case": "fwd", "dtype": "fp32", "T": 3}])
+    points = [{"case": "fwd", "dtype": "fp32", "T": 3}]
+
+    @registry.register("tiny", cuda=points, cpu=points)
     def _tiny(device, case, dtype, T):
         x = torch.ones(T)
 
@@ -48,7 +50,10 @@ def test_list_names_ops_shapes_and_absent_peers(monkeypatch, capsys):
     "arguments, message",
     [
         (["moo"], "unknown op 'moo'"),
-        (["policy_loss", "--case", "x*"], "no case of policy_loss matches x*"),
+        (
+            ["policy_loss", "--device", "cpu", "--case", "x*"],
+            "policy_loss has no case on cpu that matches x*",
+        ),
         (["--device", "tpu"], "'tpu' is not one of"),
     ],
 )
@@ -67,6 +72,8 @@ def test_a_results_file_of_another_format_stops_before_any_work(monkeypatch, cap
     (tmp_path / "x.csv").write_text("a,b\n")
     assert invoke(monkeypatch, "policy_loss", "--out", str(tmp_path / "x.csv")) == 2
     assert "not the header" in capsys.readouterr().err
+    assert invoke(monkeypatch, "policy_loss", "--out", str(tmp_path)) == 2
+    assert "Is a directory" in capsys.readouterr().err
 
 
 def test_plot_and_tables(monkeypatch, capsys, tmp_path):
@@ -97,9 +104,15 @@ def test_torch_profile_of_nothing(monkeypatch, capsys, tmp_path, tiny):
     assert "nothing was profiled" in capsys.readouterr().err
 
 
+def test_ncu_needs_a_gpu(monkeypatch, capsys, tiny):
+    assert invoke(monkeypatch, "tiny", "--device", "cpu", "--profile", "ncu") == 2
+    assert "needs a GPU and --device cuda" in capsys.readouterr().err
+
+
 def test_ncu_missing_is_said(monkeypatch, capsys, tmp_path, tiny):
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(profile.shutil, "which", lambda name: None)
-    command = ["tiny", "--device", "cpu", "--profile", "ncu", "--out", str(tmp_path / "r")]
+    command = ["tiny", "--device", "cuda", "--profile", "ncu", "--out", str(tmp_path / "r")]
     assert invoke(monkeypatch, *command) == 2
     assert "--profile ncu needs Nsight Compute" in capsys.readouterr().out
 
@@ -110,15 +123,16 @@ def test_ncu_runs_this_command_inside_the_range(monkeypatch, tmp_path, tiny):
     class Done:
         returncode = 0
 
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(profile.shutil, "which", lambda name: "/opt/ncu")
     monkeypatch.setattr(profile.subprocess, "run", lambda c: ran.append(c) or Done())
-    command = ["tiny", "--device", "cpu", "--case", "fwd", "--impl", "ours-*", "--profile", "ncu"]
+    command = ["tiny", "--device", "cuda", "--case", "fwd", "--impl", "ours-*", "--profile", "ncu"]
     assert invoke(monkeypatch, *command, "--out", str(tmp_path / "r")) == 0
     (line,) = ran
     inner = line[line.index("bench") + 1 :]
     assert line[0] == "/opt/ncu" and profile.NVTX_RANGE in " ".join(line)
     assert inner == [
-        "tiny", "--device", "cpu", "--profile", "ncu", "--in-range", "--case", "fwd",
+        "tiny", "--device", "cuda", "--profile", "ncu", "--in-range", "--case", "fwd",
         "--impl", "ours-*",
     ]  # fmt: skip
 

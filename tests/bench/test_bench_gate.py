@@ -122,12 +122,17 @@ def unable(x):
     raise RuntimeError("doubling: impl='cuda' cannot run here: no nvcc")
 
 
+def too_large(x):
+    raise torch.cuda.OutOfMemoryError("tried to allocate 20 GiB")
+
+
 def test_wrong_kernels_are_refused_and_the_others_timed(tmp_path, doubling):
     doubling["ours-right"] = lambda x: x + x
     doubling["ours-wrong"] = lambda x: x + x + 1e-3
     doubling["ours-unwritten"] = lambda x: torch.empty(len(x))
     doubling["ours-broken"] = lambda x: x @ x.reshape(2, 2)
     doubling["ours-cuda"] = unable
+    doubling["ours-large"] = too_large
     doubling["peer-1.0"] = lambda x: (x + x).bfloat16()
     doubling["peer-bad-1.0"] = lambda x: x
     report, clock, text, out = measure(tmp_path)
@@ -138,7 +143,8 @@ def test_wrong_kernels_are_refused_and_the_others_timed(tmp_path, doubling):
     assert "ours-wrong: wrong: y is off by" in failed
     assert "ours-unwritten: wrong: y holds NaN" in failed
     assert "ours-broken: RuntimeError" in failed
-    assert "peer-bad" not in failed and "ours-cuda" not in failed
+    assert not any(name in failed for name in ("peer-bad", "ours-cuda", "ours-large"))
+    assert "absent  ours-large: out of memory at this shape" in text
     assert "refused peer-bad-1.0: wrong" in text
     assert "refused ours-wrong: wrong" in text
     assert "absent  ours-cuda: doubling: impl='cuda' cannot run here: no nvcc" in text
@@ -220,6 +226,16 @@ def test_exit_status(tmp_path, doubling, monkeypatch, capsys, wrong, status):
     out = capsys.readouterr().out
     assert ("failed doubling fwd" in out) == wrong
     assert {r.commit for r in read_rows(tmp_path / "x.csv")} == {"c1"}
+
+
+def test_a_pattern_without_a_provider_is_an_error(tmp_path, doubling, monkeypatch, capsys):
+    doubling["ours-right"] = lambda x: x + x
+    monkeypatch.setattr(cli.registry, "select", lambda names, *a, **k: select_but_ceiling(names))
+    arguments = ["run", "doubling", "--device", "cpu", "--impl", "moo-*"]
+    with pytest.raises(SystemExit) as stop:
+        cli.app([*arguments, "--out", str(tmp_path / "x.csv")])
+    assert stop.value.code == 2
+    assert "no provider that runs here matches moo-*" in capsys.readouterr().err
 
 
 def select_but_ceiling(names):
