@@ -70,7 +70,7 @@ def dialogue_samples(
         raise ValueError(f"dialogue_samples: per_dialogue is {per_dialogue}, expected 1 or more")
     rng = random.Random(f"dialogue {seed}")
     quotes = quotable_sentences(documents, rng)
-    seen: set[str] = set()
+    seen: set[str] = set()  # titles and questions
     made = 0
     while made < limit:
         length = math.exp(rng.uniform(math.log(low), math.log(high)))
@@ -78,15 +78,16 @@ def dialogue_samples(
         if dialogue.document.title in seen:
             continue
         seen.add(dialogue.document.title)
-        for question in _questions(dialogue, rng, min(per_dialogue, limit - made)):
+        for question in _questions(dialogue, rng, min(per_dialogue, limit - made), seen):
             made += 1
             yield _sample(dialogue, question)
 
 
-def _questions(dialogue: Dialogue, rng: random.Random, count: int) -> list[_Question]:
-    """At most ``count`` questions, of as many templates as possible, no two alike."""
+def _questions(
+    dialogue: Dialogue, rng: random.Random, count: int, seen: set[str]
+) -> list[_Question]:
+    """At most ``count`` questions of several templates, none of them ``seen``; they are added."""
     found: list[_Question] = []
-    texts: set[str] = set()
     tries = [(m, t) for m in _ABOUT_ATTRIBUTES for t in dialogue.attributes]
     tries += [(m, t) for m in _ABOUT_ACTIVITIES for t in dialogue.activities]
     rng.shuffle(tries)
@@ -96,13 +97,13 @@ def _questions(dialogue: Dialogue, rng: random.Random, count: int) -> list[_Ques
         if len(found) == count:
             break
         question = maker(dialogue, thread, rng)
-        if question is None or question.text in texts:
+        if question is None or question.text in seen:
             continue
         if contains_term(question.text, question.answer):
             continue
         if made.get(question.template, 0) < per_template:
             made[question.template] = made.get(question.template, 0) + 1
-            texts.add(question.text)
+            seen.add(question.text)
             found.append(question)
     return found
 

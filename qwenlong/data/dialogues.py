@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from qwenlong.data.documents import SourceDocument, split_sentences
 from qwenlong.data.python_facts import Span
+from qwenlong.data.samples import PROSE_KINDS
 
 _SESSION_CHARS = 3_500  # of an average session
 _MAX_QUOTES = 20_000  # sentences kept from the documents
@@ -279,7 +280,7 @@ def quotable_sentences(
 ) -> list[tuple[str, str]]:
     """``(title, sentence)`` from the documents; none that could be taken for a statement."""
     found: list[tuple[str, str]] = []
-    usable = [d for d in documents if d.kind in ("text", "markdown", "html", "pdf") and d.title]
+    usable = [d for d in documents if d.kind in PROSE_KINDS and d.title]
     rng.shuffle(usable)
     for document in usable:
         text = document.text[:60_000]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.graph_draft import Draft
@@ -24,9 +24,12 @@ from qwenlong.data.graph_questions import (
 )
 from qwenlong.data.graph_sources import Triple, document_triples
 from qwenlong.data.knowledge_graph import KnowledgeGraph, Node
-from qwenlong.data.samples import NUMBER_INSTRUCTIONS, contains_term, sample_id
+from qwenlong.data.samples import NUMBER_INSTRUCTIONS, PROSE_KINDS, contains_term, sample_id
 from qwenlong.prompts import TEXT_INSTRUCTIONS
 from qwenlong.types import Document, Evidence, Sample
+
+if TYPE_CHECKING:
+    from qwenlong.llm import Client
 
 WEIGHTS = {"multi_fact": 0.4, "temporal": 0.2, "causal": 0.2, "hypothetical": 0.2}
 EVAL_SHARE = 0.05  # of the samples, as of the documents
@@ -56,6 +59,7 @@ def multihop_samples(
     limit: int,
     hops: tuple[int, int] = (2, 6),
     extracted: Iterable[Triple] = (),
+    client: Client | None = None,
 ) -> Iterator[Sample]:
     """Multi-hop questions, deterministic in ``documents`` and ``seed``.
 
@@ -65,6 +69,8 @@ def multihop_samples(
         hops: fewest and most facts that lead to the answer; for comparisons and sums, to each
             side of it. Clauses that only tell entities apart are not counted.
         extracted: facts that a model read out of the documents.
+        client: a model that reads facts out of the documents that carry none; None leaves those
+            documents out.
 
     Yields:
         Samples of task ``multihop_qa`` with subtype ``multi_fact``, ``temporal``, ``causal`` or
@@ -76,6 +82,11 @@ def multihop_samples(
     documents = list(documents)
     by_id = {d.id: d for d in documents}
     extracted = list(extracted)
+    if client is not None:
+        from qwenlong.data.extract import Reader, model_triples
+
+        unread = [d for d in documents if "triples" not in d.meta and d.kind in PROSE_KINDS]
+        extracted += model_triples(Reader(client), unread)
     for triple in extracted:
         if triple.doc not in by_id or triple.end > len(by_id[triple.doc].text):
             raise ValueError(
@@ -92,6 +103,8 @@ def multihop_samples(
         entity, kind = document.meta.get("entity"), document.meta.get("entity_type")
         if entity is not None:
             pools[document.split].setdefault(kind, []).append((kind, entity))
+    for pool in pools.values():
+        pool[""] = [("", name) for name in graph.names("")]  # evidence decides what can be used
     rng = random.Random(f"multihop {seed}")
     made = few = 0
     seen: set[str] = set()

@@ -76,10 +76,10 @@ class Draft:
 
     def draw(self, *entity_types: str, count: int = 1) -> list[Node]:
         """``count`` entities of one of the types, each with a page among the documents."""
-        found = self._pool.get(self.rng.choice(entity_types), ())
-        if len(found) < count:
+        usable = [t for t in entity_types if len(self._pool.get(t, ())) >= count]
+        if not usable:
             raise Rejected
-        return self.rng.sample(found, count)
+        return self.rng.sample(self._pool[self.rng.choice(usable)], count)
 
     # facts and terms
 

@@ -16,7 +16,7 @@ from qwenlong.data.graph_relations import number, offset_seconds, relation_of
 from qwenlong.data.knowledge_graph import KnowledgeGraph, Node, Step
 
 _OBFUSCATED = 0.4  # of the anchors are described instead of named
-_STARTS = ("country", "airport", "time zone", "module", "class")
+_STARTS = ("country", "airport", "time zone", "module", "class", "")
 _OPERATION = {"number": "number", "year": "number"}
 
 

@@ -328,6 +328,7 @@ def relation_of(name: str) -> Relation:
         f'for which "{said}" is {{}}',
         f'that is the "{said}" of {{}}',
         (f'What is the "{said}" of {{}}?',),
+        vague=True,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qwenlong.prompts import TEXT_INSTRUCTIONS
 
+PROSE_KINDS = frozenset({"text", "markdown", "html", "pdf"})  # of ``SourceDocument.kind``
 NUMBER_INSTRUCTIONS = "Give the number in digits. " + TEXT_INSTRUCTIONS
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from qwenlong.data.dialogue_questions import dialogue_samples
 from qwenlong.data.documents import SourceDocument, split_sentences
 from qwenlong.data.python_facts import FunctionFacts, ModuleFacts, Span, module_facts
-from qwenlong.data.samples import NUMBER_INSTRUCTIONS, contains_term, sample_id
+from qwenlong.data.samples import NUMBER_INSTRUCTIONS, PROSE_KINDS, contains_term, sample_id
 from qwenlong.prompts import CHOICE_INSTRUCTIONS, TEXT_INSTRUCTIONS, choice_letter
 from qwenlong.rewards.text import normalize_answer
 from qwenlong.types import Document, Evidence, Sample
@@ -28,7 +28,6 @@ __all__ = ["choice_samples", "dialogue_samples", "reading_samples"]
 
 OPTIONS = 4
 _MAX_DOCUMENT_CHARS = 400_000  # about 100K tokens: more leaves no room for anything else
-_PROSE_KINDS = frozenset({"text", "markdown", "html", "pdf"})
 _MIN_COUNT = 5  # of things to count: a smaller answer is soon guessed
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _BUILTIN_ERRORS = (
@@ -135,7 +134,7 @@ def _document_items(
     if document.kind == "python":
         content: Any = module_facts(document.text)
         rules = code
-    elif document.kind in _PROSE_KINDS:
+    elif document.kind in PROSE_KINDS:
         content = split_sentences(document.text)
         rules = prose
     else:
