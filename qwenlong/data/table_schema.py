@@ -29,6 +29,7 @@ _MISSING_NUMBER = _MISSING_TEXT | {"na", "nan", "null"}
 _SQL_TYPES: dict[ValueType, ColumnType] = {"integer": "INTEGER", "real": "REAL", "text": "TEXT"}
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
+_LONG = re.compile(r"[+-]?[1-9]\d{18,}")
 _RESERVED = frozenset(
     "all and as asc between by case cast check column create cross current date default desc "
     "distinct drop else end exists false for from full group having if in index inner insert into "
@@ -175,6 +176,8 @@ def parse_value(text: str, column: Column) -> Value:
     if column.type == "text":
         return text
     number = parse_plain_number(text)
+    if column.type == "real" and number is None and _LONG.fullmatch(text.replace(",", "")):
+        number = float(text.replace(",", ""))  # beyond the digits that an integer may have
     if number is None or (column.type == "integer" and isinstance(number, float)):
         raise ValueError(f"{text[:40]!r} is no {column.type} (column {column.label!r})")
     return float(number) if column.type == "real" else number
