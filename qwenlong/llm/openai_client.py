@@ -75,6 +75,11 @@ class ChatClient(Client):
             raise TransientError("timeout", f"not done within {self._deadline} s") from error
         except openai.APIStatusError as error:
             raise _status_error(error) from error
+        except UnicodeEncodeError as error:
+            raise RequestRefused(
+                "the request holds half a surrogate pair, which no server can be sent; replace it "
+                "with text.encode('utf-8', 'replace').decode()"
+            ) from error
         except openai.APIConnectionError as error:
             raise TransientError("connection", _cause(error)) from error
         except (openai.APIError, json.JSONDecodeError, UnicodeDecodeError) as error:

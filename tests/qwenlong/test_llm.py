@@ -184,6 +184,14 @@ def test_refusal_is_not_retried(status):
         assert caught.value.status == status and len(server.bodies) == 1
 
 
+def test_text_that_cannot_be_sent_is_refused():
+    with serve() as (server, url), connect(url) as client:
+        with pytest.raises(RequestRefused, match="surrogate"):
+            client.generate(ask("half \ud800 pair"))
+        assert client.generate(ask("whole \U0001f600")).text == "WHOLE \U0001f600"
+        assert len(server.bodies) == 1
+
+
 def test_exhausted_quota_is_not_retried():
     fault = ("status", 429, (), "insufficient_quota")
     with serve([fault]) as (server, url), connect(url) as client:
@@ -192,12 +200,25 @@ def test_exhausted_quota_is_not_retried():
         assert len(server.bodies) == 1
 
 
-def test_retry_after_is_obeyed_by_every_call():
+def test_retry_after_is_read_from_the_header():
     seconds = VirtualTime()
     fault = ("status", 429, [("Retry-After", "17")])
     with serve([fault]) as (_, url), connect(url, time=seconds) as client:
         client.generate(ask("x"))
     assert seconds.now() == 17.0
+
+
+def test_retry_after_holds_back_every_call():
+    seconds, asked_at = VirtualTime(), []
+
+    def reply(messages):
+        asked_at.append(seconds.now())
+        return "x"
+
+    faults = [TransientError("HTTP 429", retry_after=17.0)]
+    with ScriptedClient(reply, faults=faults, time=seconds) as client:
+        list(client.iter_many(ask(f"q{i}") for i in range(5)))
+    assert len(asked_at) == 5 and min(asked_at) >= 17.0
 
 
 def test_retry_after_may_be_a_date_in_the_past():

@@ -129,6 +129,17 @@ def test_a_broken_request_leaves_its_batch_alone(client):
     assert client.generate(good) == answered
 
 
+def test_model_from_a_folder(parts, client, tmp_path):
+    model, tokenizer = parts
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    request = Request.chat([{"role": "user", "content": "w1 w2"}], max_tokens=6)
+    with EmbeddedClient(tmp_path / "m", cache=tmp_path / "calls") as loaded:
+        assert loaded.model == str(tmp_path / "m")
+        assert loaded.generate(request) == client.generate(request)
+        assert loaded.generate(request).cached
+
+
 def test_cache_needs_a_name(parts, tmp_path):
     with pytest.raises(ValueError, match="needs name="):
         EmbeddedClient(*parts, cache=tmp_path)
