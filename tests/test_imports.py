@@ -14,7 +14,7 @@ ABOVE = {
     "bench": {"tests"},
 }
 # compositions of several ops
-COMPOSITIONS = {"moe", "scorer", "hf", "linear_policy_loss"}
+COMPOSITIONS = {"linear_policy_loss", "vocab_parallel"}
 
 
 def imported(path: Path) -> set[str]:
