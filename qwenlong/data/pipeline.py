@@ -94,6 +94,8 @@ def run_pipeline(
     run = Run(str(out), json.dumps(recipe.to_json(), sort_keys=True), workers)
     with exclusive(out):
         load_tokenizer(recipe.tokenizer)  # a wrong name fails here, not in the middle
+        for leftover in itertools.chain(out.glob(".*.tmp"), out.glob("work/.*.tmp")):
+            leftover.unlink()
         write_json(out / "recipe.json", recipe.to_json())
         plan = _Plan({}, Workers(workers), watch)
         key = ""

@@ -1,11 +1,16 @@
 """A small corpus and a route over it, whose answers a reader can check by hand."""
 
+import itertools
+import os
 import random
+import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.store import sha256
+from qwenlong.llm import Client, RetryPolicy, ScriptedClient, TransientError
 from qwenlong.types import Document, Evidence, Sample
 
 WORDS = (
@@ -42,17 +47,17 @@ def toy_samples(
 ) -> Iterator[Sample]:
     """Questions for the codes of ``keepers`` wardens in a row: as many documents are needed."""
     rng = random.Random(seed)
-    pages = []
+    pages: dict[str, list] = {"train": [], "eval": []}
     for document in documents:
         start = document.text.find("The keeper named Warden")
         if start >= 0:
             end = document.text.index(".", start) + 1
             words = document.text[start:end].rstrip(".").split()
-            pages.append((document, start, end, words[3], words[-1]))
-    if len(pages) < keepers:
-        return
-    for _ in range(limit):
-        chosen = rng.sample(pages, keepers)
+            pages[document.split].append((document, start, end, words[3], words[-1]))
+    splits = [split for split in ("train", "eval") if len(pages[split]) >= keepers]
+    for _ in range(limit if splits else 0):
+        split = splits[-1] if rng.random() < 0.05 else splits[0]
+        chosen = rng.sample(pages[split], keepers)
         names = " and ".join(page[3] for page in chosen)
         question = f"Which codes, joined in this order, do {names} guard?"
         answer = "-".join(page[4] for page in chosen)
@@ -60,7 +65,7 @@ def toy_samples(
             id=f"toy-{sha256(question + answer)}"[:24],
             task="multihop_qa",
             subtype="multi_fact",
-            split=chosen[0][0].split,
+            split=split,
             question=question,
             instructions="Write the codes with hyphens between them.",
             documents=[Document(id=p[0].id, title=p[0].title, text=p[0].text) for p in chosen],
@@ -70,3 +75,52 @@ def toy_samples(
             evidence=[Evidence(doc=p[0].id, start=p[1], end=p[2]) for p in chosen],
             derivation={"kind": "template", "keepers": [p[3] for p in chosen]},
         )
+
+
+def slow_samples(documents: Sequence[SourceDocument], *, seed: int, limit: int) -> Iterator[Sample]:
+    """Says who runs it, then takes its time."""
+    Path(os.environ["TOY_PIDS"]).write_text(str(os.getpid()))
+    time.sleep(60)
+    yield from toy_samples(documents, seed=seed, limit=limit)
+
+
+def asks_a_model(documents, *, seed: int, limit: int, client) -> Iterator[Sample]:
+    yield from toy_samples(documents, seed=seed, limit=limit)
+
+
+# --- models ------------------------------------------------------------------
+
+FACT = re.compile(r"The keeper named (\w+) guards the code (\d+)")
+DIES_AFTER = 10  # answers of a dying server
+
+
+def _read(messages: list[dict]) -> str:
+    """Answer from the documents in the prompt, and only from them."""
+    prompt = messages[-1]["content"]
+    codes = dict(FACT.findall(prompt))
+    names = re.findall(r"Warden\d+", prompt.rsplit("Question:", 1)[1])
+    if not all(name in codes for name in names):
+        return "I cannot know that."
+    return f"Therefore, the answer is ({'-'.join(codes[name] for name in names)})"
+
+
+def reader(**options) -> Client:
+    return ScriptedClient(_read, **options)
+
+
+def babbler(**options) -> Client:
+    """Answers that are empty, broken or about something else."""
+    rng = random.Random(0)
+    replies = ["", "Therefore, the answer is (", "{", "I am sorry", "\ufffd" * 50, "the " * 2000]
+    return ScriptedClient(lambda messages: rng.choice(replies), **options)
+
+
+def dying_server(**options) -> Client:
+    """Answers ``DIES_AFTER`` times, then never."""
+    faults = itertools.chain([None] * DIES_AFTER, itertools.repeat(TransientError("down")))
+    return ScriptedClient(_read, faults=faults, retry=RetryPolicy(max_retries=0), **options)
+
+
+def dead_server(**options) -> Client:
+    faults = itertools.repeat(TransientError("down"))
+    return ScriptedClient(_read, faults=faults, retry=RetryPolicy(max_retries=0), **options)
