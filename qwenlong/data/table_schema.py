@@ -189,8 +189,9 @@ def parse_plain_number(text: str) -> int | float | None:
     if not _NUMBER.fullmatch(plain):
         return None
     if re.fullmatch(r"[+-]?\d+", plain):
-        has_leading_zero = len(plain.lstrip("+-")) > 1 and plain.lstrip("+-").startswith("0")
-        return None if has_leading_zero or len(plain) > 18 else int(plain)
+        digits = plain.lstrip("+-")
+        is_code = len(digits) > 18 or (len(digits) > 1 and digits.startswith("0"))
+        return None if is_code else int(plain)
     return float(plain)
 
 

@@ -144,8 +144,8 @@ def test_both_parsers_read_what_was_rendered(style):
 def test_the_text_is_the_expected_one():
     document = render_document(SCHEMA, "Kansai", ROWS[:2], style="markdown")
     assert document.text == (
-        "# Towns of Kansai\n\nRegion: Kansai\n\nEvery town in Kansai that the record holds is listed "
-        "once. Units: population in people, area in km². A value that is not known is written "
+        "# Towns of Kansai\n\nRegion: Kansai\n\nEvery town in Kansai that the record holds is "
+        "listed once. Units: population in people, area in km². A value that is not known is written "
         '"n/a".\n\n'
         "| Town | Population (people) | Area (km²) |\n| --- | --- | --- |\n"
         "| Ōsaka \\| west | 2,691,000 | 225.21 |\n| St. Ives | 11,226 | n/a |\n"
@@ -217,7 +217,8 @@ def test_unknown_package_table():
 def test_markdown_tables_of_all_shapes():
     text = (
         "Intro | not a table\n\n| A | B |\n|:--|--:|\n| 1 | x \\| y |\n| 2 | a \\\\ |\n\n"
-        "C | D\n--- | ---\n3 | 4\n5 | 6 | 7\n8 | 9\n\n|lonely|\n|---|\n\n```\n| no | dashes |\n```\n"
+        "C | D\n--- | ---\n3 | 4\n5 | 6 | 7\n8 | 9\n\n|lonely|\n|---|\n\n"
+        "```\n| no | dashes |\n```\n"
     )
     first, second, third = markdown_tables(text)
     assert first.headers == ["A", "B"] and first.rows == [["1", "x | y"], ["2", "a \\"]]
