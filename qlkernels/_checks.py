@@ -1,6 +1,5 @@
 """Argument checks that name the op, the argument, what was expected and what came."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -115,8 +114,7 @@ def check_scalars(
         check_positive(op, "temperature", temperature)
     if softcap is not None:
         check_positive(op, "softcap", softcap)
-    if logit_scale == 0.0 or not math.isfinite(logit_scale):
-        raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
+    check_positive(op, "logit_scale", logit_scale)
 
 
 def check_targets(op: str, target_ids: torch.Tensor, row_mask: torch.Tensor | None, V: int) -> None:

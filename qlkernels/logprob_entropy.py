@@ -491,7 +491,7 @@ def logprob_entropy(
             shape of ``target_ids``; positive.
         row_mask: bool, shape of ``target_ids``. Rows where it is False are never read and hold 0.
         softcap: ``c`` in ``c tanh(s r / c)``, as Gemma 2 does; None for none.
-        logit_scale: ``s``, as Cohere does.
+        logit_scale: ``s``, positive, as Cohere does.
         inplace_backward: write the gradient over ``logits``, which nothing may read afterwards.
         validate: check the targets on the GPU too (synchronises).
         impl: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an

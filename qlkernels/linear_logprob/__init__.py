@@ -197,7 +197,7 @@ def linear_logprob(
             the CPU and with ``validate=True``, gives a NaN log-probability on the GPU.
         bias: ``[V]``, same dtype, or None.
         temperature: float, or fp32 of the shape of ``target_ids``; positive.
-        logit_scale: multiplies the raw logits (Cohere).
+        logit_scale: multiplies the raw logits (Cohere); positive.
         softcap: ``c`` in ``c tanh(s r / c)`` (Gemma 2), or None.
         row_mask: bool, shape of ``target_ids``. Rows where it is False may hold anything, cost
             nothing and return 0.

@@ -267,7 +267,7 @@ def test_gradcheck_of_the_reference():
         (dict(temperature=0.0), ValueError, "temperature"),
         (dict(temperature=torch.ones(2)), ValueError, "temperature"),
         (dict(softcap=-1.0), ValueError, "softcap"),
-        (dict(logit_scale=0.0), ValueError, "logit_scale"),
+        (dict(logit_scale=-1.0), ValueError, "logit_scale"),
         (dict(row_mask=torch.ones(3)), TypeError, "bool"),
         (dict(impl="fast"), ValueError, "unknown impl"),
         (dict(impl="cuda"), RuntimeError, "cannot run here"),
