@@ -26,6 +26,7 @@ from qwenlong.data import dedup
 from qwenlong.data.decontaminate import Contamination, describe
 from qwenlong.data.documents import load_tokenizer
 from qwenlong.data.extend import DistractorPool, Extender
+from qwenlong.data.graph_sources import Triple
 from qwenlong.data.loaders import LoadFailure, list_units, load_unit
 from qwenlong.data.quality import quality_verdicts
 from qwenlong.data.recipe import Recipe, recipe_from_json
@@ -238,8 +239,9 @@ def open_store(run: Run) -> DocumentStore:
 
 
 def _extract_key(run: Run) -> list[Any]:
-    raw = run.recipe.to_json()["decontaminate"]
-    return [raw, describe(run.recipe.decontaminate)]
+    raw = run.recipe.to_json()
+    model = _model_key(run) if run.recipe.extract.triples else None
+    return [raw["decontaminate"], describe(run.recipe.decontaminate), raw["extract"], model]
 
 
 def _extract(run: Run, plan: _Plan) -> None:
@@ -258,24 +260,48 @@ def _extract_part(job: tuple[Run, int, int, int]) -> None:
     """One line a document: what it offers to the routes, and whether an evaluation set has it."""
     run, part, start, stop = job
     store, contamination = open_store(run), _contamination(run)
+    config = run.recipe.extract
 
-    def rows() -> Iterator[dict[str, Any]]:
-        for number in range(start, stop):
-            row = store.row(number)
-            if contamination is None:
-                verdict = {"verdict": "not_run", "reason": "no evaluation sets"}
-            else:
-                verdict = contamination.document(row["text"])
-            yield {
-                "number": number,
-                **{key: row[key] for key in ("id", "title", "source", "kind", "n_tokens")},
-                "split": "eval" if store.index["is_eval"][number] else "train",
-                "triples": len(row["meta"].get("triples", ())),
-                "table_rows": len(row["meta"].get("rows", ())),
-                "contamination": verdict,
-            }
+    def facts(number: int) -> dict[str, Any]:
+        row = store.row(number)
+        verdict = {"verdict": "not_run", "reason": "no evaluation sets"}
+        if contamination is not None:
+            verdict = contamination.document(row["text"])
+        extracted = None
+        if row["source"] in config.triples and verdict["verdict"] != "fail":
+            from qwenlong.data.extract import Reader, model_triples
 
-    write_jsonl(run.folder("extract") / f"{part_name(part)}.jsonl", rows())
+            reader = Reader(
+                _client(run), samples=config.samples, max_tokens=run.recipe.model.max_tokens
+            )
+            extracted = [list(t) for t in model_triples(reader, [store.document(number)])]
+        return {
+            "number": number,
+            **{key: row[key] for key in ("id", "title", "source", "kind", "n_tokens")},
+            "split": "eval" if store.index["is_eval"][number] else "train",
+            "triples": len(row["meta"].get("triples", ())),
+            "table_rows": len(row["meta"].get("rows", ())),
+            "extracted": extracted,
+            "contamination": verdict,
+        }
+
+    with ThreadPoolExecutor(run.recipe.model.concurrency if config.triples else 1) as pool:
+        rows = list(pool.map(facts, range(start, stop)))
+    write_jsonl(run.folder("extract") / f"{part_name(part)}.jsonl", rows)
+
+
+def _extracted(run: Run, numbers: np.ndarray) -> list[Triple]:
+    """What the model read out of these documents."""
+    if not run.recipe.extract.triples:
+        return []
+    wanted = set(numbers.tolist())
+    return [
+        Triple(*triple)
+        for path in sorted(run.folder("extract").glob("part-*.jsonl"))
+        for row in read_jsonl(path)
+        if row["number"] in wanted
+        for triple in row["extracted"] or ()
+    ]
 
 
 def _contamination(run: Run) -> Contamination | None:
@@ -330,7 +356,14 @@ def _compose_part(job: tuple[Run, int, int, int, int, int]) -> None:
     documents = [store.document(number) for number in numbers]
     seed = int(key_of(recipe.seed, route.route, start)[:8], 16)
     texts: dict[str, str] = {}
-    found = route_samples(route, documents, seed=seed, limit=limit, client=_client(run))
+    found = route_samples(
+        route,
+        documents,
+        seed=seed,
+        limit=limit,
+        client=_client(run),
+        extracted=_extracted(run, numbers),
+    )
     samples = [_by_reference(sample, store, texts) for sample in itertools.islice(found, limit)]
     rows = ({"sha256": sha, "text": text} for sha, text in texts.items())
     write_jsonl(folder / f"{part_name(part)}.texts.jsonl", rows)

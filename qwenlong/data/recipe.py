@@ -99,6 +99,15 @@ class RouteConfig:
 
 
 @dataclass(frozen=True)
+class ExtractConfig:
+    """What the model reads out of documents: ``triples`` names sources; ``samples`` readings each,
+    of which more than half must agree."""
+
+    triples: list[str] = field(default_factory=list)
+    samples: int = 3
+
+
+@dataclass(frozen=True)
 class ExtendConfig:
     """How a context grows. ``lengths`` maps target tokens to weights."""
 
@@ -174,6 +183,7 @@ class Recipe:
     seed: int = 0
     tokenizer: str = "chars4"
     quality: QualityConfig = field(default_factory=QualityConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
     extend: ExtendConfig = field(default_factory=ExtendConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
@@ -185,10 +195,13 @@ class Recipe:
             raise InputError(f"recipe: source names are not unique: {names}")
         if not names:
             raise InputError("recipe: 'sources' is empty")
-        for route in self.routes:
-            for name in route.sources:
+        named = [(f"route {route.route!r}", route.sources) for route in self.routes]
+        for where, sources in [*named, ("extract.triples", self.extract.triples)]:
+            for name in sources:
                 if name not in names:
-                    raise InputError(_unknown(f"route {route.route!r}: source", name, names))
+                    raise InputError(_unknown(f"{where}: source", name, names))
+        if self.extract.triples and self.model is None:
+            raise InputError("extract.triples asks a model; give the recipe a 'model'")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

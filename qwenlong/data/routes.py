@@ -1,7 +1,8 @@
 """The routes by name, and the model that some of them and some filters ask.
 
 A route is a function ``(documents, *, seed, limit, **options) -> Iterator[Sample]``; one that takes
-``client`` gets the recipe's model, or None. Its samples hold evidence documents alone.
+``client`` gets the recipe's model, or None; one that takes ``extracted`` gets the triples that the
+model read out of the documents. Its samples hold evidence documents alone, all of one split.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenlong.data.documents import SourceDocument
+from qwenlong.data.graph_sources import Triple
 from qwenlong.data.loaders import import_function
 from qwenlong.data.recipe import ModelConfig, RouteConfig
 from qwenlong.errors import InputError
@@ -45,6 +47,7 @@ def route_samples(
     seed: int,
     limit: int,
     client: Client | None,
+    extracted: Sequence[Triple] = (),
 ) -> Iterator[Sample]:
     """Run one route. ``route.route`` is a name of ``ROUTES`` or ``module:function``."""
     function = import_function(ROUTES.get(route.route, route.route), "route")
@@ -54,6 +57,8 @@ def route_samples(
         if client is None and parameters["client"].default is inspect.Parameter.empty:
             raise InputError(f"route {route.route!r} asks a model; give the recipe a 'model'")
         options["client"] = client
+    if "extracted" in parameters:
+        options["extracted"] = extracted
     for name in route.options:
         if name not in parameters:
             raise InputError(
