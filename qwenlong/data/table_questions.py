@@ -36,7 +36,7 @@ _ROUNDING = {2: "two decimals", 4: "four decimals"}
 _BUDGETS = (8_000, 16_000, 16_000, 40_000, 100_000)  # characters of the documents of a question
 _PART_COUNTS = (3, 3, 4, 4, 5, 6, 8)
 _TRIES = 24  # at one subtype, before the next one has its turn
-_GIVE_UP = 20 * _TRIES  # failures in a row after which the tables hold no more questions
+_GIVE_UP = 10 * _TRIES  # failures in a row after which the tables hold no more questions
 
 
 class _Unfit(Exception):
@@ -75,7 +75,9 @@ def table_samples(
             for table in tables
         }
         writer = None
-        if client is not None:
+        if client is None:
+            written_share = 0.0
+        else:
             from qwenlong.data.table_writing import TableWriter
 
             writer = TableWriter(client, dropped)
@@ -83,12 +85,12 @@ def table_samples(
             subtype = SUBTYPES[(made + failures // _TRIES) % len(SUBTYPES)]
             table = rng.choices(tables, [min(len(table.parts), 40) for table in tables])[0]
             scope = Scope(table, choose_parts(table, rng), rng)
-            is_written = writer is not None and rng.random() < written_share
+            is_written = written_share > 0 and rng.random() < written_share
             try:
                 if is_written:
                     sample = _written(writer, scope, subtype, sandboxes[id(table)])
                 else:
-                    sample = _from_template(scope, subtype, sandboxes[id(table)])
+                    sample = _from_template(scope, subtype, sandboxes[id(table)], seen)
                 keys = {normalise(sample.question), sample.derivation["sql"]}
                 if keys & seen:
                     raise _Unfit("asked before")
@@ -126,11 +128,15 @@ def choose_parts(table: CorpusTable, rng: random.Random) -> list[Part]:
 # --- from a draft to a sample ------------------------------------------------
 
 
-def _from_template(scope: Scope, subtype: str, sandbox: Sandbox) -> Sample:
+def _from_template(scope: Scope, subtype: str, sandbox: Sandbox, seen: set[str]) -> Sample:
     template = scope.rng.choice(TEMPLATES[subtype])
     draft = template(scope)
     if draft is None:
         raise _Unfit("the template does not fit the table")
+    key = f"draft: {draft.sql}"
+    if key in seen:
+        raise _Unfit("asked before")  # known without running it
+    seen.add(key)
     return finish(draft, scope, sandbox, subtype, template=template.__name__)
 
 

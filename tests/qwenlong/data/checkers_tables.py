@@ -11,7 +11,11 @@ import functools
 import statistics
 from decimal import ROUND_HALF_UP, Decimal
 
-import duckdb
+import pytest
+
+duckdb = pytest.importorskip("duckdb", reason="the second engine: pip install duckdb")
+for package in ("airportsdata", "countryinfo", "vega_datasets"):
+    pytest.importorskip(package, reason=f"a data package: pip install {package.replace('_', '-')}")
 
 
 @functools.cache

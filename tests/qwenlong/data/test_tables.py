@@ -6,15 +6,9 @@ import json
 from collections import Counter
 
 import pytest
+from checkers_tables import package_documents, read_document
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("duckdb", reason="the checkers' engine: pip install duckdb")
-pytest.importorskip("vega_datasets", reason="data packages: pip install 'qlkernels[synth-demo]'")
-pytest.importorskip("countryinfo", reason="data packages: pip install 'qlkernels[synth-demo]'")
-pytest.importorskip("airportsdata", reason="data packages: pip install 'qlkernels[synth-demo]'")
-
-from checkers_tables import package_documents, read_document
 
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.table_schema import (
@@ -145,8 +139,8 @@ def test_the_text_is_the_expected_one():
     document = render_document(SCHEMA, "Kansai", ROWS[:2], style="markdown")
     assert document.text == (
         "# Towns of Kansai\n\nRegion: Kansai\n\nEvery town in Kansai that the record holds is "
-        "listed once. Units: population in people, area in km². A value that is not known is written "
-        '"n/a".\n\n'
+        "listed once. Units: population in people, area in km². A value that is not known is "
+        'written "n/a".\n\n'
         "| Town | Population (people) | Area (km²) |\n| --- | --- | --- |\n"
         "| Ōsaka \\| west | 2,691,000 | 225.21 |\n| St. Ives | 11,226 | n/a |\n"
     )
