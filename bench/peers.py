@@ -424,6 +424,23 @@ def _torch_linear() -> Provider:
 # --- from log-probabilities ----------------------------------------------------
 
 
+def clipped_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    eps_low: float,
+    eps_high: float,
+) -> torch.Tensor:
+    """Token-mean clipped loss of packed rows ``[T]``; without old log-probs the ratio is 1."""
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+    terms = -torch.minimum(ratio * advantages, clipped * advantages) * response_mask
+    return terms.sum() / response_mask.sum()
+
+
 def eager_policy_loss(inputs: dict[str, torch.Tensor], options: dict) -> Outputs:
     """Token-mean clipped loss with a k3 penalty, and its statistics, as trainers write them with
     masks.

@@ -145,6 +145,10 @@ class LinearTruth:
             self._known = {key: (truth, slips)}  # one at a time: dweight in fp64 is large
         return self._known[key]
 
+    def exact(self) -> Outputs:
+        """logprobs and entropy ``[T]`` in fp64."""
+        return self._compute(torch.float64, {})
+
     def check(self, outputs: Outputs, strict: bool, complete: bool) -> float:
         present = require(outputs, self.names, complete)
         upstream = {name: g for name, g in self.upstream.items() if name in outputs}

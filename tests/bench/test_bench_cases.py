@@ -16,6 +16,7 @@ SMALL = {
     "logprob_entropy": {"T": 9, "V": 301, "data": "peaked"},
     "token_entropy": {"T": 9, "V": 301, "data": "random"},
     "linear_logprob": {"T": 16, "H": 32, "V": 301, "data": "peaked"},
+    "linear_policy_loss": {"T": 32, "H": 32, "V": 301, "B": 8, "data": "peaked"},
     "policy_loss": {"T": 8192, "B": 2, "loss": "dapo"},
 }
 SMALL_CEILINGS = {
@@ -107,6 +108,11 @@ def test_useful_flops_by_hand():
     assert work("linear_logprob", "fwd_bwd_live50")[0] == 4 * thv  # 2 + 4 / 2
     assert work("linear_logprob", "fwd_bwd_prompt75_live50")[0] == thv  # a quarter of 2 + 4 / 2
     assert work("logprob_entropy", "fwd")[0] == 0
+    thv = 32 * 32 * 301
+    assert work("linear_policy_loss", "fwd_bwd_known")[0] == 6 * thv
+    assert work("linear_policy_loss", "fwd_bwd_known_live50")[0] == 4 * thv
+    assert work("linear_policy_loss", "fwd_bwd_known_prompt75_live50")[0] == thv
+    assert 2 * thv < work("linear_policy_loss", "fwd_bwd")[0] < 6 * thv  # some are clipped
 
 
 def test_least_bytes_by_hand():

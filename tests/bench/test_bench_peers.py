@@ -132,6 +132,23 @@ def test_eager_policy_loss_by_hand():
     assert found["masked_fraction"].item() == 0.5
 
 
+def test_clipped_loss_by_hand():
+    logprobs = torch.tensor([-1.0, -1.0, -1.0, 9.0], requires_grad=True)
+    steps = torch.log(torch.tensor([1.5, 1.5, 0.5, 1.0]))  # ratios
+    A = torch.tensor([2.0, -2.0, -2.0, 5.0])
+    mask = torch.tensor([True, True, True, False])
+    loss = peers.clipped_loss(
+        logprobs, logprobs.detach() - steps, A, mask, eps_low=0.2, eps_high=0.28
+    )
+    # clipped at 1.28; not clipped; clipped at 0.8
+    assert loss.item() == pytest.approx((-1.28 * 2 + 1.5 * 2 + 0.8 * 2) / 3)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(grad, torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    on_policy = peers.clipped_loss(logprobs, None, A, mask, eps_low=0.2, eps_high=0.28)
+    (grad,) = torch.autograd.grad(on_policy, logprobs)
+    torch.testing.assert_close(grad, torch.tensor([-2 / 3, 2 / 3, 2 / 3, 0.0]))
+
+
 def test_versions_come_from_the_metadata():
     assert peers.package_version("torch") == importlib.metadata.version("torch")
     assert Peer("op", "torchy", "same", fails, "torch").name == (
