@@ -20,6 +20,7 @@ from qwenlong.data.pipeline import STAGES, run_pipeline
 from qwenlong.data.recipe import (
     DecontaminateConfig,
     ExtendConfig,
+    ExtractConfig,
     ModelConfig,
     Recipe,
     RouteConfig,
@@ -280,6 +281,27 @@ def test_model_filters_run_and_cost_is_reported(corpus, tmp_path):
     run_pipeline(with_model(corpus, "toy_route:dead_server"), tmp_path)
     again = json.loads((tmp_path / "usage.json").read_text())
     assert again == {**usage, "model": "toy_route:dead_server"}
+
+
+def test_triples_that_a_model_extracts_reach_the_route(corpus, tmp_path):
+    recipe = toy_recipe(
+        corpus,
+        model=ModelConfig(scripted="toy_route:extractor", concurrency=4),
+        extract=ExtractConfig(triples=["pages"]),
+        routes=[RouteConfig(route="toy_route:extracted_samples", limit=5)],
+    )
+    summary = run_pipeline(recipe, tmp_path / "read")
+    assert summary["samples"]["composed"] == 5
+    for sample in load_samples(tmp_path / "read"):
+        (span,) = sample.evidence
+        document = next(d for d in sample.documents if d.id == span.doc)
+        fact = document.text[span.start : span.end]
+        assert sample.answers[0] in fact and sample.derivation["subject"] in fact
+    without = dataclasses.replace(recipe.model, scripted="toy_route:babbler")
+    summary = run_pipeline(dataclasses.replace(recipe, model=without), tmp_path / "babble")
+    assert summary["samples"]["composed"] == 0
+    with pytest.raises(InputError, match="extract.triples asks a model"):
+        dataclasses.replace(recipe, model=None)
 
 
 def test_a_model_that_talks_nonsense_fails_samples_but_not_the_run(corpus, tmp_path):

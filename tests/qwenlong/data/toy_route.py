@@ -1,6 +1,7 @@
 """A small corpus and a route over it, whose answers a reader can check by hand."""
 
 import itertools
+import json
 import os
 import random
 import re
@@ -124,3 +125,40 @@ def dying_server(**options) -> Client:
 def dead_server(**options) -> Client:
     faults = itertools.repeat(TransientError("down"))
     return ScriptedClient(_read, faults=faults, retry=RetryPolicy(max_retries=0), **options)
+
+
+def extractor(**options) -> Client:
+    """Reads the one fact of a page, as JSON."""
+
+    def reply(messages: list[dict]) -> str:
+        found = FACT.search(messages[-1]["content"])
+        if found is None:
+            return "There is no text."
+        triple = {
+            "subject": found[1],
+            "relation": "guards the code",
+            "object": found[2],
+            "quote": found[0],
+        }
+        return json.dumps({"triples": [triple]})
+
+    return ScriptedClient(reply, **options)
+
+
+def extracted_samples(documents, *, seed: int, limit: int, extracted=()) -> Iterator[Sample]:
+    """One question a triple."""
+    by_id = {document.id: document for document in documents}
+    for triple in list(extracted)[:limit]:
+        document = by_id[triple.doc]
+        yield Sample(
+            id=f"fact-{triple.doc}",
+            task="reading_qa",
+            split=document.split,
+            question=f"Which code does {triple.subject} guard?",
+            documents=[Document(id=document.id, title=document.title, text=document.text)],
+            answers=[triple.object],
+            answer_type="text",
+            reward="cover",
+            evidence=[Evidence(doc=document.id, start=triple.start, end=triple.end)],
+            derivation={"kind": "template", "subject": triple.subject},
+        )
