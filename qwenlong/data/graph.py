@@ -107,7 +107,7 @@ def multihop_samples(
         pool[""] = [("", name) for name in graph.names("")]  # evidence decides what can be used
     rng = random.Random(f"multihop {seed}")
     made = few = 0
-    seen: set[str] = set()
+    seen: set[tuple] = set()
     alive = {split: _Alive() for split in ("train", "eval")}
     while made < limit:
         split = "eval" if rng.random() < EVAL_SHARE and alive["eval"].any() else "train"
@@ -120,7 +120,11 @@ def multihop_samples(
         for _ in range(_TRIES):
             draft = Draft(graph, rng, allowed[split], pages, pools[split])
             asked = draft_question(draft, make, rng.randint(low, high))
-            if asked is None or asked.question in seen:
+            if asked is None:
+                continue
+            # The same facts in other words, or about an entity described otherwise, are no news.
+            key = (asked.template, *sorted(draft.chain))
+            if key in seen:
                 continue
             if not low <= -(-len(draft.chain) // asked.sides) <= high:
                 continue
@@ -134,7 +138,7 @@ def multihop_samples(
                 break
         alive[split].note(make, sample is not None)
         if sample is not None:
-            seen.add(sample.question)
+            seen.add(key)
             made += 1
             yield sample
 

@@ -178,7 +178,7 @@ class Draft:
     def value(self, ref: Ref, relation: str) -> tuple[str, str]:
         """``(variable, value)`` of a literal that the entity has exactly one of."""
         objects = self.graph.objects(ref.node[1], relation)
-        if len(objects) != 1:
+        if len(objects) != 1 or objects[0] in self.entities.values():
             raise Rejected
         term = self.new_term()
         fact = (ref.node[1], relation, objects[0])

@@ -132,13 +132,12 @@ def _upper(text: str) -> str:
 
 def multi_fact(draft: Draft, hops: int) -> Asked:
     """A chain of facts to an attribute of its last entity, or to that entity itself."""
+    by_name = draft.rng.random() < 0.15
     (start,) = draft.draw(*_STARTS)
-    path = _path(draft, start, hops - 1)
+    path = _path(draft, start, hops if by_name else hops - 1)
     _refuse_named_module(start, path)
     end = path[-1].node
-    relation = _attribute(draft, end)
-    if draft.rng.random() < 0.15 and end[0] != "time zone":
-        relation = None
+    relation = None if by_name else _attribute(draft, end)
     before = draft.follow_all(draft.anchor(start, _OBFUSCATED), path[:-1])
     ref = draft.follow(before, path[-1], [relation] if relation else [])
     if relation is None:

@@ -325,9 +325,9 @@ def relation_of(name: str) -> Relation:
         name,
         "",
         "",
-        f'for which "{said}" is {{}}',
-        f'that is the "{said}" of {{}}',
-        (f'What is the "{said}" of {{}}?',),
+        f'which "{said}" links to {{}}',
+        f'to which "{said}" links {{}}',
+        (f'To what does "{said}" link {{}}?',),
         vague=True,
     )
 

@@ -283,9 +283,10 @@ def airport_documents(limit: int | None = 1500) -> list[SourceDocument]:
 
 
 def _airport_page(row: dict[str, str], country: str) -> SourceDocument:
-    name = row["name"].strip()
+    name = " ".join(row["name"].split())
     page = Page(name, "airport")
-    city, division, zone = row["city"], row["subd"], row["tz"]
+    city, division = " ".join(row["city"].split()), " ".join(row["subd"].split())
+    zone = row["tz"]
     the_country = with_article(country)
     if division:
         page.say(
