@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rapidfuzz import fuzz, process
 
-from qwenlong.data.leaks import OPENERS, normalise
+from qwenlong.data.leaks import asks_the_same, normalise
 from qwenlong.data.loaders import read_text
 from qwenlong.data.recipe import DecontaminateConfig
 from qwenlong.errors import InputError
@@ -142,7 +142,7 @@ class Contamination:
             score_cutoff=self.config.question_similarity,
             limit=None,
         )
-        same = [score for other, score, _ in alike if _asks_the_same(words, other.split())]
+        same = [score for other, score, _ in alike if asks_the_same(words, other.split())]
         similarity = round(max(same), 1) if same else None
         clean = shared == 0 and not same
         return {"verdict": "pass" if clean else "fail", "ngrams": shared, "similarity": similarity}
@@ -166,21 +166,6 @@ class Contamination:
 
     def _count(self, hashes: np.ndarray) -> int:
         return int(np.count_nonzero(_is_in(np.unique(hashes), self._long)))
-
-
-def _asks_the_same(a: list[str], b: list[str]) -> bool:
-    """False where each of two alike questions has a word of content that the other lacks.
-
-    Questions of one template about other things differ like that; a reworded one does not.
-    Inflections ("guard", "guards") count as one word, numbers and names with digits never.
-    """
-
-    def lacks(words: list[str], other: list[str]) -> bool:
-        rest = set(words) - set(other) - OPENERS
-        near = [w for w in set(other) - set(words) if w.isalpha()]
-        return any(not (w.isalpha() and any(fuzz.ratio(w, n) >= 80 for n in near)) for w in rest)
-
-    return not (lacks(a, b) and lacks(b, a))
 
 
 def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Does a text give the answer of a sample away? One rule for distractors, questions and titles."""
+"""Does a text give an answer away, and do two questions ask the same? One rule for all filters."""
 
 from __future__ import annotations
 
@@ -45,6 +45,31 @@ def entity_terms(question: str) -> list[str]:
         if words:
             found[" ".join(words)] = None
     return list(found)
+
+
+def asks_the_same(a: list[str], b: list[str]) -> bool:
+    """False where each of two alike questions has a word of content that the other lacks.
+
+    Questions of one template about other things differ like that; a reworded one does not. An
+    ending ("guard", "guards") makes no other word.
+
+    Args:
+        a, b: words of the two questions, normalised.
+    """
+
+    def lacks(words: list[str], other: list[str]) -> bool:
+        known = set(other)
+        return any(
+            word not in OPENERS and not any(_is_inflected(word, o) for o in known)
+            for word in set(words) - known
+        )
+
+    return not (lacks(a, b) and lacks(b, a))
+
+
+def _is_inflected(a: str, b: str) -> bool:
+    shorter, longer = sorted((a, b), key=len)
+    return longer.startswith(shorter) and longer[len(shorter) :] in ("s", "es", "d", "ed", "ing")
 
 
 def answer_texts(sample: Sample) -> list[str]:

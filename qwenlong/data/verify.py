@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from rapidfuzz import fuzz
 
-from qwenlong.data.leaks import AnswerFinder, entity_terms, normalise
+from qwenlong.data.leaks import AnswerFinder, asks_the_same, entity_terms, normalise
 from qwenlong.data.recipe import VerifyConfig
 from qwenlong.prompts import Message, render
 from qwenlong.types import Difficulty, Sample
@@ -170,9 +170,9 @@ def find_duplicates(
 
     Two samples ask the same if their questions are equal but for case, spacing and punctuation and
     they share an answer or an evidence document; or if they share an answer and every name and
-    number of the question, and the wording is at least ``similarity`` alike (0 to 100, the
-    better of rapidfuzz's token sort and token set ratio). Templates that differ in one name are
-    different questions. At most ``window`` earlier questions with the same answer and names are
+    number of the question, no word of content tells them apart (``leaks.asks_the_same``), and the
+    wording is at least ``similarity`` alike (0 to 100, the better of rapidfuzz's token sort and
+    token set ratio). At most ``window`` earlier questions with the same answer and names are
     compared.
     """
     exact: dict[str, str] = {}
@@ -192,7 +192,7 @@ def find_duplicates(
         if earlier is None:
             for other_id, other in bucket[-window:]:
                 alike = max(fuzz.token_sort_ratio(question, other), _set_ratio(question, other))
-                if alike >= similarity:
+                if alike >= similarity and asks_the_same(question.split(), other.split()):
                     earlier = other_id
                     break
         if earlier is not None:

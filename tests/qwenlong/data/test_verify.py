@@ -7,7 +7,7 @@ from toy_route import WORDS, toy_samples, toy_text
 
 from qwenlong.data.decontaminate import Contamination
 from qwenlong.data.documents import SourceDocument
-from qwenlong.data.leaks import AnswerFinder, entity_terms, normalise
+from qwenlong.data.leaks import AnswerFinder, asks_the_same, entity_terms, normalise
 from qwenlong.data.recipe import DecontaminateConfig, VerifyConfig
 from qwenlong.data.verify import (
     MODEL_FILTERS,
@@ -233,6 +233,23 @@ def test_duplicates_are_caught():
     caught = {s.id for s in results if "duplicate_question" in failed(s)}
     assert caught == {s.id for s in planted}
     assert results[CLEAN].filters["duplicate_question"].duplicate_of == samples[0].id
+
+
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        ("which codes does warden1 guard", "what code does warden1 guards", True),
+        ("please name the river of chad", "which is the river of chad", True),
+        ("how long is the function load in imp", "how long is the function save in imp", False),
+        ("the capital of austria", "the capital of australia", False),
+        ("the capital of niger", "the capital of nigeria", False),
+        ("rain in 2001", "rain in 2002", False),
+        ("rain in oslo", "rain in oslo in 2002", True),  # one only says more
+        ("", "", True),
+    ],
+)
+def test_asks_the_same(a, b, same):
+    assert asks_the_same(a.split(), b.split()) is same
 
 
 def test_one_template_with_other_names_is_no_duplicate():
