@@ -280,7 +280,7 @@ def model_tables(
         if part is not None:
             parts[document.split].append(part)
     return [
-        CorpusTable(schema, members, split)
+        CorpusTable(schema, members, split, by_model=True)
         for split, members in parts.items()
         if len(members) >= min_documents
     ]

@@ -51,6 +51,7 @@ def table_samples(
     client: Client | None = None,
     paraphrase: bool = True,
     written_share: float = 0.25,
+    read_tables: bool = False,
     dropped: Counter[str] | None = None,
 ) -> Iterator[Sample]:
     """Samples of task ``corpus_numeric``, all different, the subtypes in turn.
@@ -62,10 +63,21 @@ def table_samples(
         limit: how many samples at most; fewer where the tables give no more different ones.
         client: a model. It words template questions anew (``paraphrase``), and writes questions and
             SQL of its own for about ``written_share`` of the tries. None: templates alone.
+        read_tables: the model also reads tables out of the other documents, those of one source
+            together (``extract.model_tables``). The rows that it read are in the derivation.
         dropped: counts documents and drafts that were not used, by reason.
     """
     dropped = dropped if dropped is not None else Counter()
     tables = corpus_tables(documents, dropped=dropped)
+    writer = None
+    if client is None:
+        written_share = 0.0
+    else:
+        from qwenlong.data.table_writing import TableWriter
+
+        writer = TableWriter(client, dropped)
+        if read_tables:
+            tables += _read_tables(client, documents, dropped)
     rng = random.Random(f"{seed}/tables")
     seen: set[str] = set()
     made = failures = 0
@@ -74,13 +86,6 @@ def table_samples(
             id(table): stack.enter_context(Sandbox([table.schema.sql_table(table.rows())]))
             for table in tables
         }
-        writer = None
-        if client is None:
-            written_share = 0.0
-        else:
-            from qwenlong.data.table_writing import TableWriter
-
-            writer = TableWriter(client, dropped)
         while tables and made < limit and failures < _GIVE_UP:
             subtype = SUBTYPES[(made + failures // _TRIES) % len(SUBTYPES)]
             table = rng.choices(tables, [min(len(table.parts), 40) for table in tables])[0]
@@ -103,6 +108,23 @@ def table_samples(
             seen |= keys | {normalise(sample.question)}
             made, failures = made + 1, 0
             yield sample
+
+
+def _read_tables(
+    client: Client, documents: Sequence[SourceDocument], dropped: Counter[str]
+) -> list[CorpusTable]:
+    from qwenlong.data.extract import Reader, model_tables
+
+    by_source: dict[str, list[SourceDocument]] = {}
+    for document in documents:
+        if document.kind not in ("table", "markdown"):
+            by_source.setdefault(document.source, []).append(document)
+    reader = Reader(client, dropped=dropped)
+    return [
+        table
+        for source, members in by_source.items()
+        for table in model_tables(reader, source, members)
+    ]
 
 
 def choose_parts(table: CorpusTable, rng: random.Random) -> list[Part]:
@@ -226,6 +248,10 @@ def finish(draft: Draft, scope: Scope, sandbox: Sandbox, subtype: str, *, templa
             "template": template,
         },
     )
+    if scope.table.by_model:
+        sample.derivation["rows"] = {
+            part.document.id: [list(row) for row in part.rows] for part in scope.parts
+        }
     finder = AnswerFinder(sample)
     if finder.is_in(normalise(sample.question)) or finder.is_in(normalise(sample.instructions)):
         raise _Unfit("the question gives the answer away")

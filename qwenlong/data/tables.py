@@ -326,11 +326,15 @@ class Part:
 
 @dataclass(frozen=True)
 class CorpusTable:
-    """One table over several documents of one split, in the order of the partition."""
+    """One table over several documents of one split, in the order of the partition.
+
+    ``by_model``: the rows were read by a model, so that the text alone does not give them back.
+    """
 
     schema: Schema
     parts: list[Part]
     split: Split
+    by_model: bool = False
 
     @property
     def is_temporal(self) -> bool:
