@@ -29,6 +29,7 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 inline Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+inline Floats reciprocal_of(Floats x) { return 1.0f / x; }
 inline Words select(Ints condition, Words yes, Words no) { return condition ? yes : no; }
 
 // The second argument where either is NaN.

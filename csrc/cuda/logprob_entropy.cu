@@ -18,7 +18,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;
-constexpr int kLoads = 4;  // 16-byte loads a thread issues before it uses the first
+// 16-byte loads a thread issues before it uses the first. A soft-cap needs the registers for its arithmetic.
+template <bool kCap>
+constexpr int kLoads = kCap ? 2 : 4;
 
 struct Float32 {
   using Storage = float;
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       const std::int64_t y = args.target[t];
       float v_target = __int_as_float(0x7fffffff);  // NaN for a target outside [0, V)
       if (threadIdx.x == 0 && 0 <= y && y < V) v_target = value_of<kCap>(E::widen(row[y]), scale.gain);
-      const Part<float> all = block_merge(thread_part<E, kCap, kLoads>(row, V, scale), scale.alpha, scratch);
+      const Part<float> all = block_merge(thread_part<E, kCap, kLoads<kCap>>(row, V, scale), scale.alpha, scratch);
       const Scores scores = finish(all, scale.alpha, v_target);
       logprob = scores.logprob;
       entropy = scores.entropy;
@@ -193,7 +195,7 @@ __device__ __forceinline__ void zero_row(typename E::Storage* row, int V) {
   const Split split = split_row<E>(row, V);
   uint4* vectors = reinterpret_cast<uint4*>(row + split.head);
   const int thread = threadIdx.x;
-  for (int i = thread; i < split.vectors; i += kThreads) vectors[i] = uint4{0, 0, 0, 0};
+  for (int i = thread; i < split.vectors; i += kThreads) __stwb(vectors + i, uint4{0, 0, 0, 0});
   if (thread < split.head) row[thread] = E::narrow(0.0f);
   if (thread < V - split.tail) row[split.tail + thread] = E::narrow(0.0f);
 }
@@ -234,7 +236,7 @@ struct GradientWriter {
 #pragma unroll
       for (int k = 0; k < E::kVector; ++k) x[k] = gradient(x[k], start + k == target);
       if (is_out_aligned) {
-        *reinterpret_cast<uint4*>(out + start) = E::pack(x);
+        __stwb(reinterpret_cast<uint4*>(out + start), E::pack(x));  // a plain store gets split
       } else {
 #pragma unroll
         for (int k = 0; k < E::kVector; ++k) out[start + k] = E::narrow(x[k]);
@@ -247,8 +249,10 @@ struct GradientWriter {
     const bool is_out_aligned = reinterpret_cast<std::uintptr_t>(out + split.head) % 16 == 0;
     const int thread = threadIdx.x;
     int i = thread;
-    for (; i + (kLoads - 1) * kThreads < split.vectors; i += kLoads * kThreads) {
-      write_vectors<kLoads>(row, out, split.head + i * E::kVector, is_out_aligned);
+    if (is_out_aligned) {  // else a vector at a time: the code for stores off a boundary must not cost registers here
+      for (; i + (kLoads<kCap> - 1) * kThreads < split.vectors; i += kLoads<kCap> * kThreads) {
+        write_vectors<kLoads<kCap>>(row, out, split.head + i * E::kVector, true);
+      }
     }
     for (; i < split.vectors; i += kThreads) {
       write_vectors<1>(row, out, split.head + i * E::kVector, is_out_aligned);
@@ -258,10 +262,16 @@ struct GradientWriter {
   }
 };
 
+// What the target's entry needs after the rest of the row; in shared memory, because registers are scarce meanwhile.
+struct Target {
+  float v, slope, entropy, g_logprob, g_entropy, g_lse;
+};
+
 template <class E, bool kCap>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     logprob_entropy_bwd_kernel(const ql::LogprobEntropyBackward args) {
   __shared__ BlockScratch<kThreads> scratch;
+  __shared__ Target target;  // of thread 0
   const int V = static_cast<int>(args.V);
   for (std::int64_t t = blockIdx.x; t < args.T; t += gridDim.x) {
     auto* out = static_cast<typename E::Storage*>(args.dlogits) + t * args.dstride_t;
@@ -277,26 +287,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const RowScale scale = scale_of(args, t);
     const std::int64_t y = args.target[t];
     const bool has_target = 0 <= y && y < V;
-    float v_target = 0.0f, slope_target = 1.0f;
-    if (has_target) {
-      v_target = E::widen(row[y]);
-      if constexpr (kCap) tanh_and_slope(v_target * scale.gain, v_target, slope_target);
-    } else {
-      g_logprob = __int_as_float(0x7fffffff);  // NaN in the whole row
-    }
     const float lse = args.lse[t], entropy = args.entropy[t];
+    if (!has_target) {
+      g_logprob = __int_as_float(0x7fffffff);  // NaN in the whole row
+    } else if (threadIdx.x == 0) {
+      target = {E::widen(row[y]), 1.0f, entropy, g_logprob, g_entropy, g_lse};
+      if constexpr (kCap) tanh_and_slope(target.v * scale.gain, target.v, target.slope);
+    }
     Offset offset = offset_of(lse, scale.alpha);
     if (fabsf(lse) >= E::kRefineLse) {  // one load at a time: the rare row must not cost the others registers
       offset = offset_of(block_merge(thread_part<E, kCap, 1>(row, V, scale), scale.alpha, scratch));
     }
     const RowGradient g = row_gradient(scale, offset, entropy, g_logprob, g_entropy, g_lse);
-    __syncthreads();  // every thread has the target's logit before one overwrites it in place
+    __syncthreads();  // the target's logit is read before a thread overwrites it in place
     GradientWriter<E, kCap> writer{scale, g, has_target ? static_cast<int>(y) : -1, 0.0f};
     writer.write_row(row, out, V);
     const float rest = block_sum(writer.rest, scratch);  // its barrier orders the row's stores before the next one
     if (has_target && threadIdx.x == 0) {
-      const float du = target_gradient(scale, g, v_target, rest, entropy, g_logprob, g_entropy, g_lse);
-      out[y] = E::narrow(slope_target * du);
+      const float du = target_gradient(scale, g, target.v, rest, target.entropy, target.g_logprob, target.g_entropy,
+                                       target.g_lse);
+      out[y] = E::narrow(target.slope * du);
     }
   }
 }
