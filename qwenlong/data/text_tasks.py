@@ -459,13 +459,19 @@ def _reading_default(
 
 
 def _read_literal(source: str) -> tuple[str, bool]:
-    """``(answer, is_number)``: a string without its quotes, a decimal number as it stands."""
+    """``(answer, is_number)``: a string without its quotes, a decimal number as it stands.
+
+    No answer (empty) for an expression, and for a string with an escape, where what is read and
+    what is meant differ.
+    """
+    if "\\" in source:
+        return "", False
     if _NUMBER.fullmatch(source):
         return source, True
     try:
         value = ast.literal_eval(source)
     except (ValueError, SyntaxError):
-        return source, False
+        return (source, False) if re.fullmatch(r"[\w.]+", source) else ("", False)
     return (value, False) if isinstance(value, str) and value.isprintable() else (source, False)
 
 

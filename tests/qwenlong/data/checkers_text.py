@@ -273,7 +273,7 @@ def _logical_lines(text):
         line.append(token)
         if token.type == tokenize.OP:
             depth += (token.string in "([{") - (token.string in ")]}")
-        lambdas += token.string == "lambda"
+        lambdas += token.string == "lambda" and depth == 0
         word = line[1].string if line[0].string == "async" and len(line) > 1 else line[0].string
         if word in _OPENERS and token.string == ":" and depth == 0:
             if lambdas:
@@ -281,6 +281,11 @@ def _logical_lines(text):
                 continue
             yield tokenize.OP, line
             line = []
+
+
+def _is_string(token):
+    prefix = re.match(r"\w*", token.string).group().lower()
+    return token.type == tokenize.STRING and "f" not in prefix
 
 
 class _Reader:
@@ -291,7 +296,7 @@ class _Reader:
         pending, opened, first = None, False, False
         for kind, tokens in _logical_lines(text):
             if kind == tokenize.INDENT:
-                self.stack.append(pending)
+                self.stack.append(pending or _Block("block"))  # None: "match" and "case"
                 opened, first = False, True
             elif kind == tokenize.DEDENT:
                 self.stack.pop()
@@ -350,7 +355,7 @@ class _Reader:
             reading.imports.add("".join(words[1 : words.index("import")]))
         elif words[0] == "raise" and where and len(words) > 4 and words[2] == "(":
             parts = [t.string for t in tokens[3:]]
-            count = next((i for i, t in enumerate(tokens[3:]) if t.type != tokenize.STRING), 0)
+            count = next((i for i, t in enumerate(tokens[3:]) if not _is_string(t)), 0)
             if count and parts[count] in ("),"):
                 message = ast.literal_eval(" ".join(parts[:count]))
                 reading.raises.append((where, words[1], message))
@@ -443,7 +448,7 @@ def read_transcript(text):
     return people, sessions
 
 
-_GIVEN = re.compile(r"\bmy ([^.:,]+?) is (?:at |on )?(.+?)(?: now\b| from now on\b)?\.(?: |$)")
+_GIVEN = re.compile(r"\bmy ([^.:,]+?) is (?:at |on )?(.+?)( now| from now on)?\.(?: |$)")
 _TAKEN_BACK = re.compile(
     r"I said my (.+?) is (?:at |on )?(.+?), but in truth it is (?:at |on )?(.+?)\.(?: |$)"
 )
@@ -464,10 +469,9 @@ def statements(people, sessions, person, topic):
                     assert found and found[-1][2] == corrected.group(2)
                     found.append((session, "correct", corrected.group(3)))
                 continue
-            for given, value in _GIVEN.findall(text):
+            for given, value, mark in _GIVEN.findall(text):
                 if given == topic:
-                    changed = re.search(r" now\.| from now on\.", text) is not None
-                    found.append((session, "change" if changed else "set", value))
+                    found.append((session, "change" if mark else "set", value))
     return found
 
 
