@@ -36,17 +36,10 @@ from qwenlong.errors import InputError
 from qwenlong.models import CausalLM, load_causal_lm, load_tokenizer
 from qwenlong.score_plot import draw_scores, uncertain_passages
 from qwenlong.storage import atomic_write, write_json
+from qwenlong.tokens import Tokens, read_document, tokenize
 
 # Tokens of one forward pass of the base model; attention's mask is [chunk, window].
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}
-
-
-class Tokens(NamedTuple):
-    """A tokenized document."""
-
-    ids: np.ndarray  # [T] int64
-    offsets: np.ndarray  # [T, 2] int64, characters [start, end) of the text; (0, 0) for the prefix
-    n_prefix: int  # tokens that the tokenizer puts before any text
 
 
 class Window(NamedTuple):
@@ -93,67 +86,6 @@ class ScoreSettings:
             if value is not None and value < least:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} is {value}; it must be at least {least}.")
-
-
-# --- text --------------------------------------------------------------------
-
-
-def read_document(source: str) -> str:
-    """The UTF-8 text of a file, or of standard input for ``"-"``; line ends stay as they are."""
-    name = "standard input" if source == "-" else source
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror}.") from error
-    if not data:
-        raise InputError(f"{name} is empty; give a text of at least two tokens.")
-    if b"\0" in data:
-        raise InputError(f"{name} is not text (it holds zero bytes); give a UTF-8 text.")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8 at byte {error.start}; convert it, for example with iconv."
-        ) from error
-
-
-def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> Tokens:
-    """The first ``max_tokens`` tokens of ``text``, exactly those of the whole text; all if None."""
-    probe = tokenizer("a", return_special_tokens_mask=True)
-    n_prefix = next((i for i, bit in enumerate(probe.special_tokens_mask) if not bit), 0)
-    ids, offsets = _encode(tokenizer, text, max_tokens)
-    ids = np.array(probe.input_ids[:n_prefix] + ids[:max_tokens], dtype=np.int64)
-    offsets = np.array([(0, 0)] * n_prefix + offsets[:max_tokens], dtype=np.int64).reshape(-1, 2)
-    return Tokens(ids, offsets, n_prefix)
-
-
-def _encode(tokenizer: Any, text: str, max_tokens: int | None) -> tuple[list[int], list[Any]]:
-    """Ids and offsets of a growing prefix of ``text``, less an end that the rest may change.
-
-    The prefix ends before white space, so that no run of digits, accent or special token is cut in
-    two. What a tokenizer makes of a pre-token depends on that pre-token alone, and its borders on
-    the text up to the next white space; the last pre-token, and whatever ends within the last 64
-    characters, is left out. A tokenizer that splits nothing sees one pre-token, so that nothing is
-    kept until the prefix is the whole text.
-    """
-    length = len(text) if max_tokens is None else 8 * max_tokens + 256
-    while True:
-        cut = length
-        while cut < len(text) and not text[cut].isspace():
-            cut += 1
-        encoding = tokenizer(
-            text[:cut], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids, offsets = encoding.input_ids, encoding.offset_mapping
-        if cut >= len(text):
-            return ids, offsets
-        words = encoding.word_ids()
-        kept = len(ids)
-        while kept and (words[kept - 1] == words[-1] or offsets[kept - 1][1] > cut - 64):
-            kept -= 1
-        if kept >= max_tokens:
-            return ids[:kept], offsets[:kept]
-        length = 2 * cut
 
 
 # --- windows -----------------------------------------------------------------

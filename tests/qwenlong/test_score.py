@@ -19,9 +19,10 @@ from qwenlong import score as scoring
 from qwenlong.cli import main
 from qwenlong.errors import InputError
 from qwenlong.models import load_causal_lm, load_tokenizer
-from qwenlong.score import ScoreSettings, Window, plan_windows, score_tokens, tokenize
+from qwenlong.score import ScoreSettings, Window, plan_windows, score_tokens
 from qwenlong.score_plot import uncertain_passages
-from tests.qwenlong.tiny_models import TEXT, save_tiny_model, train_tokenizer
+from qwenlong.tokens import tokenize
+from tests.qwenlong.tiny_models import TEXT, save_tiny_model
 
 KINDS = ("llama", "qwen3", "gemma2", "cohere")
 FIELDS = ("logprobs", "entropy", "lse")
@@ -181,41 +182,6 @@ def test_windows_score_what_the_model_sees(folders, bos, prefill_tokens):
         expected[end:stop] = straightforward(folder, window)["logprobs"][end - start + n - 1 :]
         end = stop
     np.testing.assert_allclose(scores.logprobs, expected, atol=1e-4, rtol=0)
-
-
-# --- tokens ------------------------------------------------------------------
-
-AWKWARD = {
-    "prose": TEXT * 20,
-    "no white space": "abc123" * 900,
-    "digits": "word " + "1234567890" * 500,
-    "white space": "a" + " " * 3000 + "b" + "\n" * 3000,
-    "emoji and accents": "🙂é́東京 " * 800,
-    "special tokens": "<s>a<s> <s" * 400,
-}
-
-
-@pytest.mark.parametrize("splits", [True, False], ids=["words", "one piece"])
-@pytest.mark.parametrize("text", AWKWARD.values(), ids=AWKWARD)
-@pytest.mark.parametrize("max_tokens", [2, 3, 50, 333, 10**9])
-def test_first_tokens_are_those_of_the_whole_text(text, max_tokens, splits):
-    tokenizer = train_tokenizer(splits=splits)
-    whole = tokenizer(text, return_offsets_mapping=True)
-    tokens = tokenize(tokenizer, text, max_tokens)
-    assert tokens.ids.tolist() == whole.input_ids[:max_tokens]
-    assert tokens.offsets.tolist() == [list(o) for o in whole.offset_mapping[:max_tokens]]
-
-
-def test_a_few_tokens_of_a_huge_text_take_no_time():
-    tokenizer, seen = train_tokenizer(), []
-
-    class Counting:
-        def __call__(self, text, **options):
-            seen.append(len(text))
-            return tokenizer(text, **options)
-
-    assert len(tokenize(Counting(), TEXT * 100_000, 1000).ids) == 1000
-    assert sum(seen) < 100_000
 
 
 def test_offsets_give_the_text_back(folders, tmp_path, document):
