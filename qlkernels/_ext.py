@@ -5,7 +5,7 @@ import torch
 from qlkernels._target import compute_capability
 
 try:
-    from qlkernels import _C
+    import qlkernels._C as _C
 
     missing_reason: str | None = None
 except ImportError as error:  # built without a compiler, or for another Python
