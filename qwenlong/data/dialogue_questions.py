@@ -22,9 +22,9 @@ from qwenlong.data.dialogues import (
 )
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.python_facts import Span
-from qwenlong.data.samples import NUMBER_INSTRUCTIONS, contains_term, sample_id
+from qwenlong.data.samples import EVAL_SHARE, NUMBER_INSTRUCTIONS, contains_term, sample_id
 from qwenlong.prompts import TEXT_INSTRUCTIONS
-from qwenlong.types import Document, Evidence, Sample
+from qwenlong.types import Document, Evidence, Sample, Split
 
 _ACTIVITY = {phrase: (unit, done, doing) for phrase, unit, done, doing, _, _ in ACTIVITIES}
 
@@ -56,7 +56,8 @@ def dialogue_samples(
     """Questions about simulated conversations; task ``dialogue_memory``.
 
     Args:
-        documents: prose that the people quote in their small talk; may be empty.
+        documents: prose that the people quote in their small talk; may be empty. A conversation
+            quotes documents of its own split.
         tokens: shortest and longest conversation, at four characters a token; lengths between are
             drawn log-uniformly. A conversation grows by sessions.
         per_dialogue: most questions about one conversation.
@@ -69,12 +70,16 @@ def dialogue_samples(
     if per_dialogue < 1:
         raise ValueError(f"dialogue_samples: per_dialogue is {per_dialogue}, expected 1 or more")
     rng = random.Random(f"dialogue {seed}")
-    quotes = quotable_sentences(documents, rng)
+    by_split: dict[Split, list[SourceDocument]] = {"train": [], "eval": []}
+    for document in documents:
+        by_split[document.split].append(document)
+    quotes = {split: quotable_sentences(some, rng) for split, some in by_split.items()}
     seen: set[str] = set()  # titles and questions
     made = 0
     while made < limit:
         length = math.exp(rng.uniform(math.log(low), math.log(high)))
-        dialogue = simulate(rng, int(4 * length), quotes)
+        split: Split = "eval" if rng.random() < EVAL_SHARE else "train"
+        dialogue = simulate(rng, int(4 * length), quotes[split], split)
         if dialogue.document.title in seen:
             continue
         seen.add(dialogue.document.title)

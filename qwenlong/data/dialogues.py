@@ -16,8 +16,14 @@ from dataclasses import dataclass, field
 from qwenlong.data.documents import SourceDocument, split_sentences
 from qwenlong.data.python_facts import Span
 from qwenlong.data.samples import PROSE_KINDS
+from qwenlong.types import Split, split_of
 
 _SESSION_CHARS = 3_500  # of an average session
+# Not strftime, whose names depend on the locale.
+_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_MONTHS = (
+    "January February March April May June July August September October November December"
+).split()
 _MAX_QUOTES = 20_000  # sentences kept from the documents
 
 _FIRST = (
@@ -297,7 +303,7 @@ def quotable_sentences(
 
 
 def _date_text(date: datetime.date) -> str:
-    return f"{date.day} {date:%B} {date.year}"
+    return f"{date.day} {_MONTHS[date.month - 1]} {date.year}"
 
 
 # --- simulation --------------------------------------------------------------
@@ -327,10 +333,14 @@ class _Plan:
     sentence: str = ""
 
 
-def simulate(rng: random.Random, target_chars: int, quotes: list[tuple[str, str]]) -> Dialogue:
+def simulate(
+    rng: random.Random, target_chars: int, quotes: list[tuple[str, str]], split: Split
+) -> Dialogue:
     """A conversation of about ``target_chars`` characters, three sessions or more.
 
-    ``quotes`` are ``(title, sentence)`` pairs for the small talk (``quotable_sentences``).
+    Args:
+        quotes: ``(title, sentence)`` pairs for the small talk (``quotable_sentences``).
+        split: where the transcript is to belong; its number is chosen so that it does.
     """
     sessions = max(3, round(target_chars / _SESSION_CHARS))
     people = _people(rng)
@@ -345,17 +355,21 @@ def simulate(rng: random.Random, target_chars: int, quotes: list[tuple[str, str]
     activities = _plan_activities(rng, people, plans, texts)
     transcript = _Transcript()
     headers = []
-    transcript.line(f"Conversations between {_listed(people)}, in {sessions} sessions.")
+    number = rng.randrange(100_000, 900_000)
+    heading = f"Conversations between {_listed(people)}, in {sessions} sessions. Transcript {{}}."
+    transcript.line(heading.format(number))
     for i, day in enumerate(dates):
         transcript.line("")
         clock = f"{rng.randrange(8, 22):02d}:{rng.randrange(60):02d}"
-        headers.append(transcript.line(f"Session {i + 1}: {day:%A}, {texts[i]}, {clock}"))
+        weekday = _WEEKDAYS[day.weekday()]
+        headers.append(transcript.line(f"Session {i + 1}: {weekday}, {texts[i]}, {clock}"))
         budget = (target_chars - transcript.length) // (sessions - i)
         _speak_session(rng, transcript, people, plans[i], i, budget, quotes)
     title = f"Conversations between {_listed(people)}"
-    document = SourceDocument(
-        title=title, text="".join(transcript.pieces), source="dialogue", kind="dialogue"
-    )
+    body = "".join(transcript.pieces[1:])
+    while split_of(text := f"{heading.format(number)}\n{body}") != split:
+        number += 1
+    document = SourceDocument(title=title, text=text, source="dialogue", kind="dialogue")
     return Dialogue(document, people, texts, headers, attributes, activities)
 
 

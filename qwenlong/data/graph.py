@@ -24,7 +24,13 @@ from qwenlong.data.graph_questions import (
 )
 from qwenlong.data.graph_sources import Triple, document_triples
 from qwenlong.data.knowledge_graph import KnowledgeGraph, Node
-from qwenlong.data.samples import NUMBER_INSTRUCTIONS, PROSE_KINDS, contains_term, sample_id
+from qwenlong.data.samples import (
+    EVAL_SHARE,
+    NUMBER_INSTRUCTIONS,
+    PROSE_KINDS,
+    contains_term,
+    sample_id,
+)
 from qwenlong.prompts import TEXT_INSTRUCTIONS
 from qwenlong.types import Document, Evidence, Sample
 
@@ -32,7 +38,6 @@ if TYPE_CHECKING:
     from qwenlong.llm import Client
 
 WEIGHTS = {"multi_fact": 0.4, "temporal": 0.2, "causal": 0.2, "hypothetical": 0.2}
-EVAL_SHARE = 0.05  # of the samples, as of the documents
 FEW_DOCUMENTS_SHARE = 0.1  # of the samples may rest on fewer than three documents
 _TRIES = 25  # drafts for one sample
 _PATIENCE = 8  # samples in a row that a question function may fail to give before it is dropped

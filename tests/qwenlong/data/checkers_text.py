@@ -438,7 +438,9 @@ class Session:
 def read_transcript(text):
     """Full names of the people, and the sessions with their turns."""
     head, *rest = re.split(r"\n\n(?=Session \d+: )", text)
-    names = re.match(r"Conversations between (.+), in \d+ sessions\.", head).group(1)
+    names = re.match(
+        r"Conversations between (.+), in \d+ sessions\. Transcript \d{6}\.", head
+    ).group(1)
     people = re.split(r", | and ", names)
     sessions = []
     for part in rest:

@@ -1,5 +1,6 @@
 """Graph: rendered facts, merging, queries, paths, and multi-hop samples checked in SQLite."""
 
+import json
 import random
 import re
 
@@ -36,6 +37,7 @@ from qwenlong.data.knowledge_graph import (
 )
 from qwenlong.data.python_pages import python_documents
 from qwenlong.data.samples import contains_term
+from qwenlong.llm import ScriptedClient
 from qwenlong.types import Sample
 
 LIBRARY = {
@@ -321,6 +323,40 @@ def test_questions_from_extracted_facts_alone():
     wrong = [triples[0]._replace(end=10_000)]
     with pytest.raises(ValueError, match="do not have"):
         list(multihop_samples(documents, seed=0, limit=1, extracted=wrong))
+
+
+NOTES = {
+    "Note one": ("Acme Robotics", "founded by", "Lena Ortiz", "was founded by"),
+    "Note two": ("Lena Ortiz", "studied at", "the University of Padova", "studied at"),
+    "Note three": ("The University of Padova", "led by", "Marco Zen", "is led by"),
+}
+
+
+@pytest.mark.parametrize("character, expected", [("good", 1), ("lying", 0), ("malformed", 0)])
+def test_a_model_reads_the_facts(character, expected):
+    documents = [
+        SourceDocument(title=title, text=f"{s} {words} {o}.", source="notes")
+        for title, (s, _, o, words) in NOTES.items()
+    ]
+
+    def reply(messages):
+        for s, relation, o, words in NOTES.values():
+            if f"{s} {words} {o}." not in messages[0]["content"]:
+                continue
+            if character == "malformed":
+                return "I found { several facts"
+            quote = f"{s} {words} {o}." if character == "good" else f"{o} {words} {s}."
+            fact = {"subject": s, "relation": relation, "object": o, "quote": quote}
+            return json.dumps({"triples": [fact]})
+        raise AssertionError(messages)
+
+    client = ScriptedClient(reply)
+    found = list(multihop_samples(documents, seed=0, limit=5, hops=(3, 3), client=client))
+    assert [s.answers for s in found] == [["Marco Zen"]] * expected
+    assert len(client.calls) == 9  # three documents, three readings each
+    pages = country_documents()[:3]
+    list(multihop_samples(pages, seed=0, limit=1, client=client))
+    assert len(client.calls) == 9  # pages with facts of their own are not read
 
 
 # --- samples -----------------------------------------------------------------

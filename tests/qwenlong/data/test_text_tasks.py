@@ -398,6 +398,17 @@ def test_dialogue_evidence_is_what_was_said(dialogues):
             assert any(s.startswith(f"Session {sample.derivation['session']}:") for s in shown)
 
 
+def test_conversations_quote_their_own_split(documents, dialogues):
+    split_of_title = {d.title: d.split for d in documents if d.kind == "text"}
+    quoted = Counter()
+    for sample in dialogues:
+        text = sample.documents[0].text
+        titles = set(re.findall(r'"(Python help: [\w-]+)"', text))
+        quoted.update((sample.split, split_of_title[t]) for t in titles)
+    assert quoted["train", "train"] > 0 and quoted["train", "eval"] == 0
+    assert quoted["eval", "train"] == 0
+
+
 def test_dialogues_are_long_and_dated(documents):
     samples = list(
         dialogue_samples(documents, seed=8, limit=4, tokens=(120_000, 128_000), per_dialogue=2)
