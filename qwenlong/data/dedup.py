@@ -9,17 +9,19 @@ of places that estimates the Jaccard similarity J of the two sets (standard devi
 from __future__ import annotations
 
 import hashlib
-import mmap
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 PERMUTATIONS = 128
 BANDS, ROWS = 18, 7
 _SEED = 42
-_PAIR_CHUNK = 16_384
+_WIDTH = 2 * PERMUTATIONS  # bytes of a signature
+_CHUNK = 16_384
 _WORD = re.compile(r"\w+")
 
 
@@ -47,6 +49,23 @@ def exact_signature(text: str) -> np.ndarray:
     return np.frombuffer(hashlib.shake_256(text.encode()).digest(2 * PERMUTATIONS), dtype="<u2")
 
 
+def exact_duplicates(keys: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """For every document, the index of the first with the same hash (often itself).
+
+    Args:
+        keys: ``[N]`` uint64, the first 8 bytes of ``hashes``: two equal hashes have equal keys.
+        hashes: ``[N]`` of bytes.
+    """
+    first = np.arange(len(keys), dtype=np.int64)
+    order = np.argsort(keys, kind="stable")
+    # Equal keys are neighbours, in document order.
+    for place in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]).tolist():
+        a, b = order[place], order[place + 1]
+        if hashes[a].tobytes() == hashes[b].tobytes():
+            first[b] = first[a]
+    return first
+
+
 def near_duplicates(signature_files: Iterable[Path], threshold: float, work: Path) -> np.ndarray:
     """For every document, the index of the earliest document of its cluster (often itself).
 
@@ -56,50 +75,46 @@ def near_duplicates(signature_files: Iterable[Path], threshold: float, work: Pat
         work: folder for a temporary file of 256 bytes a document.
 
     Returns:
-        ``[N]`` int64. Memory: about 40 bytes a document.
+        ``[N]`` int64. Memory: about 50 bytes a document.
     """
     path = work / ".signatures.tmp"
     try:
-        count, bands = 0, []
+        count = 0
         with open(path, "wb") as file:
             for part in signature_files:
                 signatures = np.load(part)
                 file.write(np.ascontiguousarray(signatures).tobytes())
                 count += len(signatures)
         parent = np.arange(count, dtype=np.int64)
-        if count < 2:
-            return parent
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for band in range(BANDS):
-                bands = _band_hashes(data, count, band)
-                _join_band(data, bands, parent, threshold)
-        return np.array([_find(parent, i) for i in range(count)], dtype=np.int64)
+        with open(path, "rb") as file:
+            for band in range(BANDS if count > 1 else 0):
+                _join_band(file, _band_hashes(file, count, band), parent, threshold)
+        for number in range(count):
+            parent[number] = _find(parent, number)
+        return parent
     finally:
         path.unlink(missing_ok=True)
 
 
-def _rows(data: mmap.mmap, start: int, stop: int) -> np.ndarray:
-    """Signatures ``[start, stop)`` as a copy, so that the mapped pages can be given back."""
-    width = PERMUTATIONS * 2
-    raw = data[start * width : stop * width]
-    return np.frombuffer(raw, dtype=np.uint16).reshape(-1, PERMUTATIONS)
-
-
-def _band_hashes(data: mmap.mmap, count: int, band: int) -> np.ndarray:
+def _band_hashes(file: IO[bytes], count: int, band: int) -> np.ndarray:
+    """One hash for each document of its rows in this band: ``[count]`` uint64."""
     hashes = np.empty(count, dtype=np.uint64)
-    for start in range(0, count, _PAIR_CHUNK):
-        stop = min(count, start + _PAIR_CHUNK)
-        rows = _rows(data, start, stop)[:, band * ROWS : (band + 1) * ROWS].astype(np.uint64)
+    file.seek(0)
+    for start in range(0, count, _CHUNK):
+        stop = min(count, start + _CHUNK)
+        chunk = np.frombuffer(file.read((stop - start) * _WIDTH), dtype=np.uint16)
+        rows = chunk.reshape(-1, PERMUTATIONS)[:, band * ROWS : (band + 1) * ROWS]
+        rows = rows.astype(np.uint64)
         value = np.zeros(stop - start, dtype=np.uint64)
         for column in rows.T:
             value = (value ^ column) * np.uint64(0x9E3779B97F4A7C15)
             value ^= value >> np.uint64(29)
         hashes[start:stop] = value
-    data.madvise(mmap.MADV_DONTNEED)
     return hashes
 
 
-def _join_band(data: mmap.mmap, hashes: np.ndarray, parent: np.ndarray, threshold: float) -> None:
+def _join_band(file: IO[bytes], hashes: np.ndarray, parent: np.ndarray, threshold: float) -> None:
+    """Join documents of one hash whose signatures agree; the root is the earliest."""
     order = np.argsort(hashes, kind="stable")
     in_order = hashes[order]
     same = (
@@ -112,16 +127,14 @@ def _join_band(data: mmap.mmap, hashes: np.ndarray, parent: np.ndarray, threshol
     # The first of a bucket and the one before: a chain of near neighbours stays together.
     left = np.concatenate([order[first], order[same - 1]])
     right = np.concatenate([order[same], order[same]])
-    width = PERMUTATIONS * 2
     for a, b in zip(left.tolist(), right.tolist(), strict=True):
         root_a, root_b = _find(parent, a), _find(parent, b)
         if root_a == root_b:
             continue
-        x = np.frombuffer(data[a * width : (a + 1) * width], dtype=np.uint16)
-        y = np.frombuffer(data[b * width : (b + 1) * width], dtype=np.uint16)
+        x = np.frombuffer(os.pread(file.fileno(), _WIDTH, a * _WIDTH), dtype=np.uint16)
+        y = np.frombuffer(os.pread(file.fileno(), _WIDTH, b * _WIDTH), dtype=np.uint16)
         if np.count_nonzero(x == y) >= threshold * PERMUTATIONS:
             parent[max(root_a, root_b)] = min(root_a, root_b)
-    data.madvise(mmap.MADV_DONTNEED)
 
 
 def _find(parent: np.ndarray, i: int) -> int:

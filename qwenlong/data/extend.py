@@ -3,7 +3,9 @@
 Distractors come from a pool of the same split, a share of them hard (BM25 against the question),
 the rest random. One is refused if it states the answer, is an evidence document or bears the title
 of one, holds rows of an evidence table, or comes from a source that could state a fact of the
-evidence in another way (a shared topic). Evidence goes to drawn positions of the context; what came
+evidence in another way (a shared topic). An answer that a graph proved to be the only one was
+proved over the documents that the route saw at once (``group``): other documents with facts stay
+out. Evidence goes to drawn positions of the context; what came
 out is measured: for every evidence document the position of its spans as a fraction of the context,
 and ``documents_apart``, the most evidence documents of which any two are more than 25 % apart.
 """
@@ -248,6 +250,8 @@ class _Refusal:
         self._tables.discard(None)
         by_name = {source.name: set(source.topics) for source in sources}
         topics = set().union(*(by_name[name] for name in self._sources))
+        is_graph = sample.derivation.get("kind") == "graph"
+        self._group = getattr(sample, "group", None) if is_graph else None
         self._rivals = {name for name, others in by_name.items() if topics & others} - self._sources
         self._store = store
 
@@ -257,9 +261,15 @@ class _Refusal:
             or row["id"] in self._ids
             or self._store.sha(number) in self._refs
             or row["meta"].get("table") in self._tables
+            or self._is_unseen(number, row)
             or normalise(row["title"]) in self._titles
             or self._finder.is_in(self._store.normalised(number))
         )
+
+    def _is_unseen(self, number: int, row: dict) -> bool:
+        if self._group is None or self._group[0] <= number <= self._group[1]:
+            return False
+        return bool(row["meta"].get("triples")) or row["source"] in self._sources
 
 
 # --- order and spread --------------------------------------------------------

@@ -207,8 +207,7 @@ def _merge_index(stage: Stage, parts: int, similarity: float) -> None:
     """One index of the documents that are no copies of earlier ones; the copies beside it."""
     files = [stage.folder / f"{part_name(part)}.index.npy" for part in range(parts)]
     index = np.concatenate([np.empty(0, INDEX_DTYPE), *map(np.load, files)])
-    _, first, which = np.unique(index["sha"], return_index=True, return_inverse=True)
-    exact = first[which] if len(index) else np.empty(0, np.int64)
+    exact = dedup.exact_duplicates(index["key"], index["sha"])
     signatures = [stage.folder / f"{part_name(part)}.minhash.npy" for part in range(parts)]
     near = dedup.near_duplicates(signatures, similarity, stage.folder)
     numbers = np.arange(len(index))
@@ -364,7 +363,11 @@ def _compose_part(job: tuple[Run, int, int, int, int, int]) -> None:
         client=_client(run),
         extracted=_extracted(run, numbers),
     )
-    samples = [_by_reference(sample, store, texts) for sample in itertools.islice(found, limit)]
+    group = {"group": [int(numbers[0]), int(numbers[-1])]}
+    samples = [
+        _by_reference(sample, store, texts).model_copy(update=group)
+        for sample in itertools.islice(found, limit)
+    ]
     rows = ({"sha256": sha, "text": text} for sha, text in texts.items())
     write_jsonl(folder / f"{part_name(part)}.texts.jsonl", rows)
     write_jsonl(folder / f"{part_name(part)}.jsonl", (s.to_json() for s in samples))

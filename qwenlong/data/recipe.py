@@ -84,7 +84,8 @@ class RouteConfig:
     """One way to make samples: a name of ``qwenlong.data.routes.ROUTES``.
 
     ``limit`` is how many samples to compose; ``sources`` names the sources it reads (empty: all);
-    ``options`` are keyword arguments of the route function.
+    ``options`` are keyword arguments of the route function, which sees ``group_documents``
+    documents at a time.
     """
 
     route: str

@@ -24,14 +24,6 @@ from qwenlong.data.recipe import VerifyConfig
 from qwenlong.prompts import Message, render
 from qwenlong.types import Difficulty, Sample
 
-RULE_FILTERS = (
-    "evidence",
-    "answer_leak",
-    "distractor_leak",
-    "split",
-    "length",
-    "duplicate_question",
-)
 MODEL_FILTERS = ("grounding", "robustness", "difficulty")
 
 

@@ -360,6 +360,14 @@ def test_near_duplicates_awkward(tmp_path):
     assert near([chinese, chinese + "了"], tmp_path) == [0, 0]
 
 
+def test_exact_duplicates():
+    hashes = np.array([b"a" * 32, b"b" * 32, b"a" * 31 + b"x", b"a" * 32, b"b" * 32], dtype="V32")
+    keys = np.array([1, 2, 1, 1, 2], dtype=np.uint64)  # the third shares a key, not a hash
+    assert dedup.exact_duplicates(keys[[0, 1, 3, 4]], hashes[[0, 1, 3, 4]]).tolist() == [0, 1, 0, 1]
+    assert dedup.exact_duplicates(keys, hashes)[2] == 2
+    assert dedup.exact_duplicates(keys[:0], hashes[:0]).tolist() == []
+
+
 def test_estimate_is_close_to_jaccard():
     rng = random.Random(1)
     errors = []

@@ -182,6 +182,19 @@ def test_no_distractor_spoils_the_question(tmp_path):
             assert not finder.is_in(normalise(extender.resolve(document.ref)))
 
 
+def test_documents_with_facts_that_a_graph_did_not_see_stay_out(tmp_path):
+    facts = {"triples": [["a", "is", "b", 0, 5]]}
+    documents = [page(n, source=1, meta=facts) for n in range(30)]
+    documents += [page(n, meta=facts if n % 2 else {}) for n in range(30, 60)]
+    extender = make_extender(tmp_path, documents, lengths={65536: 1})
+    sample = ask([documents[3][0]], derivation={"kind": "graph"}, group=[0, 19])
+    extended = extender.extend(sample)
+    numbers = {int(d.title.split()[1]) for d in extended.documents if d.role == "distractor"}
+    assert numbers == set(range(20)) - {3} | set(range(30, 60, 2))
+    template = sample.model_copy(update={"derivation": {"kind": "template"}})
+    assert len(extender.extend(template).documents) == 60
+
+
 def test_hard_distractors_are_about_the_question(tmp_path):
     about = [page(n, extra="Quokkas of Rottnest eat leaves at dusk.") for n in range(20)]
     others = [page(n) for n in range(100, 400)]
