@@ -128,7 +128,7 @@ def _panel(
         ax.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
         ax.grid(alpha=0.3)
     top.set_yscale("log")
-    bottom.set_ylim(bottom=0)
+    bottom.set_ylim(0, max(105.0, bottom.get_ylim()[1]))
     bottom.axhline(100, color="black", linestyle=":", linewidth=1)
     bottom.set_xlabel("T (tokens)")
     top.set_title(f"{case}, {dtype}\n{rest.replace(';', '  ')}", fontsize=9)

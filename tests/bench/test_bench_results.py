@@ -1,4 +1,6 @@
 import dataclasses
+import shutil
+import subprocess
 
 import pytest
 from rows import ceilings, row
@@ -95,9 +97,23 @@ def test_rate_units():
     assert rate_unit([row(useful_flops=5 * 10**11)], "useful_flops") == ("TFLOP/s", 1e-9)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_commit_names_the_checkout_or_nothing(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
+
     assert machine.git_commit(tmp_path) == ""
-    assert len(machine.git_commit().rstrip("+")) >= 7
+    git("init", "-q")
+    (tmp_path / "setup.py").write_text("1")
+    git("add", "setup.py")
+    git("commit", "-q", "-m", "first")
+    clean = machine.git_commit(tmp_path)
+    assert len(clean) == 10 and int(clean, 16) >= 0
+    (tmp_path / "README.md").write_text("not measured code")
+    assert machine.git_commit(tmp_path) == clean
+    (tmp_path / "setup.py").write_text("2")
+    assert machine.git_commit(tmp_path) == clean + "+"
 
 
 def test_slug(monkeypatch):
