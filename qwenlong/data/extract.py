@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T", bound=Hashable)
 _MAX_COLUMNS = 8
 _MAX_TRIPLES = 20
+_MAX_QUOTE_CHARS = 2_000
 _SHOWN_CHARS = 2_000  # of each text, when a schema is asked for
 
 
@@ -127,7 +128,7 @@ def _located_triple(
 ) -> Triple | None:
     try:
         fields = [text_field(raw, name, most=300) for name in ("subject", "relation", "object")]
-        quote = text_field(raw, "quote", most=2_000)
+        quote = text_field(raw, "quote", most=_MAX_QUOTE_CHARS)
     except ValueError as error:
         dropped[f"triple: {error}"] += 1
         return None
@@ -143,7 +144,12 @@ def _located_triple(
 
 
 def locate(quote: str, text: str) -> tuple[int, int] | None:
-    """Where ``quote`` stands in ``text``, white space and the form of quotation marks apart."""
+    """Where ``quote`` stands in ``text``, white space and the form of quotation marks apart.
+
+    A quote beyond 2,000 characters is copied text, no place: None.
+    """
+    if len(quote) > _MAX_QUOTE_CHARS:
+        return None
     at = text.find(quote)
     if at >= 0:
         return at, at + len(quote)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,7 +10,10 @@ import json_repair
 
 from qwenlong.rewards.extract import final_text
 
-_MAX_CHARS = 200_000
+_MAX_CHARS = 1_000_000
+# Repair takes time that grows with the square of a hostile reply's length, and it recurses.
+_MAX_REPAIRED_CHARS = 20_000
+_MAX_DEPTH = 40
 
 
 def parse_json(text: str, kind: type[dict] | type[list] = dict) -> Any:
@@ -21,7 +25,7 @@ def parse_json(text: str, kind: type[dict] | type[list] = dict) -> Any:
     Raises:
         ValueError: there is no such JSON.
     """
-    text = final_text(text)[-_MAX_CHARS:]
+    text = final_text(text[-_MAX_CHARS:])
     fence = re.search(r"```(?:json)?\s*(.+?)```", text, re.DOTALL | re.IGNORECASE)
     text = fence.group(1) if fence else text
     opening, closing = ("{", "}") if kind is dict else ("[", "]")
@@ -29,10 +33,29 @@ def parse_json(text: str, kind: type[dict] | type[list] = dict) -> Any:
     if start < 0:
         raise ValueError(f"the reply holds no JSON {kind.__name__}")
     end = text.rfind(closing) + 1
-    value = json_repair.loads(text[start : end if end > start else len(text)])
+    value = _loaded(text[start : end if end > start else len(text)])
     if not isinstance(value, kind):
         raise ValueError(f"the reply holds no JSON {kind.__name__}")
     return value
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        return None
+    except ValueError:
+        pass  # repaired below
+    depth = deepest = 0
+    for char in text:
+        depth += (char in "{[") - (char in "}]")
+        deepest = max(deepest, depth)
+    if len(text) > _MAX_REPAIRED_CHARS or deepest > _MAX_DEPTH:
+        return None
+    try:
+        return json_repair.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def text_field(value: dict[str, Any], name: str, *, most: int = 4_000) -> str:

@@ -283,6 +283,9 @@ class Sandbox:
             for table in tables:
                 self._load(table)
             self._lock()
+        except MemoryError:
+            self._connection.close()
+            raise SqlStopped("The tables need more memory than SQLite may use here.") from None
         except BaseException:
             self._connection.close()
             raise

@@ -81,6 +81,9 @@ class TableWriter:
                     return self._drop("the SQL does not select the documents")
             except SqlError as error:
                 return self._drop(f"SQL: {error}")
+        with Sandbox([scope.table.schema.sql_table([])]) as empty:
+            if empty.run(results[0].sql).rows == results[0].rows:
+                return self._drop("the SQL states its answer itself")
         answer = results[0].rows[0][0]
         return Draft(
             question,

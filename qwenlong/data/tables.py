@@ -368,7 +368,15 @@ def corpus_tables(
             heads = tuple(split_header(head)[0].casefold() for head in table.headers)
             name = document.meta.get("table", "")
             groups[name, heads, document.split].append((document, table))
-    tables = [_join(split, members, dropped) for (_, _, split), members in groups.items()]
+    for key, members in groups.items():
+        counts = Counter(document.id for document, _ in members)
+        groups[key] = [member for member in members if counts[member[0].id] == 1]
+        # A question about "the rows of the document" would mean the rows of all of them.
+        dropped["several tables of one head in a document"] += len(members) - len(groups[key])
+    dropped += Counter()  # leaves the zeros out
+    tables = [
+        _join(split, members, dropped) for (_, _, split), members in groups.items() if members
+    ]
     return [table for table in tables if table and len(table.parts) >= min_documents]
 
 

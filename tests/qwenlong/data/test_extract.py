@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -62,6 +63,16 @@ def test_json_is_found_and_repaired(reply, value):
 def test_no_json_is_an_error(reply):
     with pytest.raises(ValueError, match="no JSON"):
         parse_json(reply)
+
+
+@pytest.mark.parametrize("bomb", ["{" * 200_000, '{"a":' * 40_000, '{"' + '"' * 200_000, "[{" * 9])
+def test_hostile_replies_take_no_time(bomb):
+    start = time.thread_time()
+    try:
+        parse_json(bomb)
+    except ValueError as error:
+        assert "no JSON" in str(error)
+    assert time.thread_time() - start < 2
 
 
 def test_fields_are_checked():

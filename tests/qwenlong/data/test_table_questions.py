@@ -23,7 +23,7 @@ from qwenlong.llm import ScriptedClient
 from qwenlong.rewards import score
 from qwenlong.types import Sample
 
-COUNT = 400
+COUNT = 300
 
 
 @cache
@@ -43,7 +43,7 @@ def test_a_second_engine_agrees_on_every_answer():
 def test_plain_arithmetic_agrees_on_the_simple_ones():
     folded = [(sample, fold(sample)) for sample in samples()]
     folded = [(sample, answer) for sample, answer in folded if answer is not None]
-    assert len(folded) >= 20
+    assert len(folded) >= 15
     for sample, answer in folded:
         assert answer == sample.answers[0], sample.question
 
@@ -353,6 +353,7 @@ def test_a_good_model_writes_a_question_with_its_sql():
         (Writer(sql=("! I cannot",)), "holds no JSON"),
         (Writer(sql=("SELECT weight FROM harvests",)), "not one value"),
         (Writer(sql=("SELECT SUM(weight) FROM harvests, harvests AS b",)), "SQL"),
+        (Writer(sql=("SELECT 160",)), "states its answer itself"),
         (Writer(question="How much in 2001?"), "does not name every document"),
         (Writer(question=""), "no 'question'"),
         (Writer(question=QUESTION + " It is 160 tonnes."), "gives the answer away"),

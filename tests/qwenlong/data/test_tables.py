@@ -314,6 +314,21 @@ def test_what_cannot_be_used_is_dropped_with_the_reason():
     assert sum(n for reason, n in dropped.items() if "a second document" in reason) == 1
 
 
+def test_a_document_with_two_tables_of_one_head_is_dropped():
+    pages = [_page(year, [("A", year), ("B", 2)]) for year in (1990, 1991, 1992, 1993, 1994)]
+    double = pages[0].text + "\nMore:\n\n| Shop | Sales (EUR) |\n|---|---|\n| C | 7 |\n"
+    pages[0] = SourceDocument(title="Report 1990", text=double, source="reports", kind="markdown")
+    dropped = Counter()
+    tables = corpus_tables(pages, min_documents=1, dropped=dropped)
+    assert sorted(part.value for table in tables for part in table.parts) == [
+        1991,
+        1992,
+        1993,
+        1994,
+    ]
+    assert dropped == {"several tables of one head in a document": 2}
+
+
 def test_a_grid_without_dashes_is_read_by_its_recorded_head():
     rows = [["a", 1, None], ["b", 2, 2.5]]
     text = "| name | n | x |\n| a | 1 | None |\n| b | 2 | 2.5 |\n"
