@@ -14,22 +14,28 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenlong.data.table_schema import Column, Schema, Table, Value, clean_value
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
 
 _MIN_AIRPORTS = 5  # of a country or state: a smaller list makes a poor document
 _TWICE = frozenset({"Curaçao"})  # two files of countryinfo describe it
 
 
-def _read(package: str, *path: str) -> str:
+def _files(package: str) -> Traversable:
     try:
-        root = importlib.resources.files(package)
+        return importlib.resources.files(package)
     except ModuleNotFoundError:
         raise RuntimeError(
             f"this table needs a package: pip install {package.replace('_', '-')}"
         ) from None
-    return root.joinpath(*path).read_text(encoding="utf-8")
+
+
+def _read(package: str, *path: str) -> str:
+    return _files(package).joinpath(*path).read_text(encoding="utf-8")
 
 
 def _vega(name: str) -> list[dict[str, Any]]:
@@ -58,7 +64,7 @@ def _text(name: str, label: str, role: str = "other") -> Column:
 
 
 def _countries_json() -> Iterator[dict[str, Any]]:
-    folder = importlib.resources.files("countryinfo").joinpath("data")
+    folder = _files("countryinfo").joinpath("data")
     for file in sorted(folder.iterdir(), key=lambda f: f.name):
         if file.name.endswith(".json"):
             yield json.loads(file.read_text(encoding="utf-8"))
@@ -83,7 +89,6 @@ def countries() -> Table:
         _text("subregion", "subregion", "category"),
         ratios=(("population", "area"),),
     )
-    _read("countryinfo", "__init__.py")
     rows: list[tuple[Value, ...]] = []
     for entry in _countries_json():
         if entry["name"] in _TWICE or not entry.get("population"):

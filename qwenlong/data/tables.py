@@ -226,14 +226,13 @@ class ParsedTable:
     headers: list[str]
     rows: list[list[str]]
     spans: list[tuple[int, int]]
-    start: int  # of the table in the text
 
 
 def markdown_tables(text: str) -> list[ParsedTable]:
     """The pipe tables of a text. Rows with another number of cells than the head end a table."""
     tables: list[ParsedTable] = []
     current: ParsedTable | None = None
-    previous: tuple[list[str], int] | None = None  # cells and start of the line before
+    previous: list[str] | None = None  # cells of the line before
     start = 0
     for line in text.splitlines(keepends=True):
         content = line.strip()
@@ -248,11 +247,11 @@ def markdown_tables(text: str) -> list[ParsedTable]:
                 current.spans.append((begin, begin + len(content)))
         elif all(re.fullmatch(r":?-+:?", cell) for cell in cells):
             current = None
-            if previous is not None and len(previous[0]) == len(cells):
-                current = ParsedTable(previous[0], [], [], previous[1])
+            if previous is not None and len(previous) == len(cells):
+                current = ParsedTable(previous, [], [])
                 tables.append(current)
         else:
-            current, previous = None, (cells, begin)
+            current, previous = None, cells
     return tables
 
 
@@ -267,7 +266,7 @@ def _cells(line: str) -> list[str] | None:
 def parse_records(text: str, schema: Schema) -> ParsedTable:
     """The ``- Label: value; Label: value`` lines of a text that have every label of ``schema``."""
     labels = [column.label.casefold() for column in schema.columns]
-    table = ParsedTable([column.header for column in schema.columns], [], [], 0)
+    table = ParsedTable([column.header for column in schema.columns], [], [])
     for match in re.finditer(r"^- (.+)$", text, re.MULTILINE):
         pairs = [part.partition(": ") for part in match.group(1).split("; ")]
         found = {label.casefold(): value for label, _, value in pairs}
@@ -280,7 +279,7 @@ def parse_records(text: str, schema: Schema) -> ParsedTable:
 def parse_prose(text: str, schema: Schema) -> ParsedTable:
     """The ``For X, the L is V ... and the L is V.`` lines of a text."""
     key = schema.key
-    table = ParsedTable([column.header for column in schema.columns], [], [], 0)
+    table = ParsedTable([column.header for column in schema.columns], [], [])
     if key is None:
         return table
     rest = [column for column in schema.columns if column is not key]
@@ -385,7 +384,7 @@ def _grid(document: SourceDocument) -> list[ParsedTable]:
     columns = document.meta.get("columns")
     if not columns:
         return []
-    table = ParsedTable([str(column) for column in columns], [], [], 0)
+    table = ParsedTable([str(column) for column in columns], [], [])
     start = 0
     for line in document.text.splitlines(keepends=True):
         content = line.rstrip("\n")

@@ -205,6 +205,16 @@ def test_unknown_package_table():
         list(table_documents(["moon"]))
 
 
+def test_a_missing_package_is_named(monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("importlib.resources.files", absent)
+    for name, package in (("cars", "vega-datasets"), ("countries", "countryinfo")):
+        with pytest.raises(RuntimeError, match=f"pip install {package}"):
+            PACKAGE_TABLES[name]()
+
+
 # --- foreign documents -------------------------------------------------------
 
 
