@@ -93,7 +93,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # anything, from a missing package to a panic of the Rust parser
+    except Exception as error:  # of many kinds, from a missing package to a torn file
         raise InputError(
             f"the tokenizer in {folder} cannot be loaded: {_reason(error)}."
         ) from error
@@ -218,7 +218,7 @@ def _check_head(lm: CausalLM, impl: str) -> None:
             softcap=lm.softcap,
             impl=impl,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(f"{_reason(error)}.") from error

@@ -11,6 +11,7 @@ chunk, a chunk of logits inside ``linear_logprob``, and the scores.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -40,6 +41,8 @@ from qwenlong.tokens import Tokens, read_document, tokenize
 
 # Tokens of one forward pass of the base model; attention's mask is [chunk, window].
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}
+
+_LOG_SECONDS = 10.0
 
 
 class Window(NamedTuple):
@@ -105,7 +108,9 @@ def plan_windows(
     return windows
 
 
-def choose_windows(tokens: Tokens, settings: ScoreSettings, context_tokens: int | None) -> Any:
+def choose_windows(
+    tokens: Tokens, settings: ScoreSettings, context_tokens: int | None
+) -> list[Window]:
     """The windows of a run, or an InputError that says which option to change."""
     T, window, overlap = len(tokens.ids), settings.window_tokens, settings.overlap_tokens
     if T <= max(1, tokens.n_prefix):
@@ -300,14 +305,7 @@ def run(settings: ScoreSettings, out: Path, console: Console, *, force: bool = F
         torch.cuda.reset_peak_memory_stats()
 
     started = time.perf_counter()
-    with _progress(console) as progress:
-        task = progress.add_task("scoring", total=_reads(windows, tokens.n_prefix), speed="")
-
-        def on_progress(read: int) -> None:
-            progress.advance(task, read)
-            speed = progress.tasks[task].completed / (time.perf_counter() - started)
-            progress.update(task, speed=f"{speed:,.0f} tokens/s")
-
+    with _progress(console, _reads(windows, tokens.n_prefix)) as on_progress:
         scores = score_tokens(
             lm,
             tokens,
@@ -343,17 +341,33 @@ def _reads(windows: list[Window], n_prefix: int) -> int:
     return sum(w.end - w.start - 1 + (n_prefix if w.start else 0) for w in windows)
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        transient=True,
+@contextlib.contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with tokens/s and time left; in a log, a line every ``_LOG_SECONDS``."""
+    started = said = time.perf_counter()
+    read = 0
+    columns = (
+        *(TextColumn("scoring"), BarColumn(), TaskProgressColumn()),
+        *(TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("left")),
     )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total, speed="")
+
+        def on_progress(tokens: int) -> None:
+            nonlocal read, said
+            read += tokens
+            now = time.perf_counter()
+            speed = read / (now - started)
+            bar.update(task, completed=read, speed=f"{speed:,.0f} tokens/s")
+            if not console.is_terminal and now - said >= _LOG_SECONDS:
+                said = now
+                left = (total - read) / speed
+                console.print(
+                    f"read {read:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left:.0f} s left",
+                    highlight=False,
+                )
+
+        yield on_progress
 
 
 def _save(
@@ -367,6 +381,7 @@ def _save(
     arrays = {"ids": tokens.ids, "offsets": tokens.offsets, **scores._asdict()}
     name = "standard input" if summary["settings"]["input"] == "-" else summary["settings"]["input"]
     title = f"{Path(name).name} read by {Path(summary['settings']['model']).name}"
+    (out / "scores.json").unlink(missing_ok=True)  # never that of other scores
     with atomic_write(out / "scores.safetensors", "wb") as file:
         file.write(to_safetensors(arrays))
     with atomic_write(out / "scores.png", "wb") as file:
@@ -375,7 +390,7 @@ def _save(
 
 
 def print_summary(console: Console, summary: dict, out: Path) -> None:
-    """Ten lines for a person."""
+    """A few lines for a person."""
     memory = summary["peak_memory_bytes"]
     device = "" if memory["device"] is None else f", GPU {memory['device'] / 1e9:.2f} GB"
     bits = summary["bits_per_character"]
@@ -453,5 +468,5 @@ def score(
     )
     if out is None:
         source = Path("stdin" if input == "-" else input)
-        out = source.with_name(f"{source.stem}.scores")
+        out = source.parent / f"{source.stem}.scores"
     run_command(settings, out, force=force)

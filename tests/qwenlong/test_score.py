@@ -308,6 +308,13 @@ def test_bad_documents(folders, tmp_path, capsys, data, says):
     assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
 
 
+@pytest.mark.parametrize("source", ["nowhere.txt", ".", "", "/"])
+def test_documents_that_cannot_be_read(folders, tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    error = main_fails(capsys, "score", "--model", folders(), "--input", source)
+    assert "cannot be read" in error
+
+
 OPTIONS = {
     "window beyond the context": (["--window-tokens", "300"], "at most 256"),
     "overlap fills the window": (["--window-tokens", "50", "--overlap-tokens", "50"], "less than"),
@@ -442,6 +449,16 @@ def test_a_fault_while_writing_leaves_no_half_file(folders, document, monkeypatc
         run(folders(), document, out, max_tokens=100)
     assert [p.name for p in out.iterdir()] == ["scores.safetensors"]
     assert len(read_scores(out)["ids"]) == 100
+
+
+def test_a_log_gets_lines(folders, document, monkeypatch, capsys):
+    monkeypatch.setattr(scoring, "_LOG_SECONDS", 0.0)
+    main_ok("score", "--model", folders(), "--input", document, "--window-tokens", 100)
+    lines = [x for x in capsys.readouterr().err.splitlines() if "tokens/s" in x]
+    assert len(lines) >= 5 and lines[-1].endswith("0 s left")
+    read, total = (int(lines[-1].split()[i].replace(",", "")) for i in (1, 3))
+    saved = json.loads((document.parent / "doc.scores" / "scores.json").read_text())
+    assert read == total == sum(w["end"] - w["start"] - 1 for w in saved["windows"])
 
 
 def command(*arguments):
