@@ -54,6 +54,7 @@ def exact_duplicates(keys: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 
     Args:
         keys: ``[N]`` uint64, the first 8 bytes of ``hashes``: two equal hashes have equal keys.
+            Of other hashes with one key (of N documents, N^2 / 2^65 pairs) some copies are missed.
         hashes: ``[N]`` of bytes.
     """
     first = np.arange(len(keys), dtype=np.int64)

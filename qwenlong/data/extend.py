@@ -141,7 +141,7 @@ class Extender:
         wants_spread = rng.random() < self.config.spread_share
         while True:
             distractors = hard + random
-            pieces = _best_order(sample, evidence, distractors, wants_spread, rng)
+            pieces = _best_order(evidence, distractors, wants_spread, rng)
             documents = [piece.document for piece in pieces]
             extended = sample.model_copy(update={"documents": documents})
             block = document_block(view(extended).documents, self.resolve)
@@ -190,7 +190,7 @@ class Extender:
     def _distractors(
         self, sample: Sample, budget: int, rng: np.random.Generator
     ) -> tuple[list[_Piece], list[_Piece]]:
-        refuses = _Refusal(sample, self.store, self.sources, self.resolve)
+        refuses = _Refusal(sample, self.store, self.sources)
         taken: set[int] = set()
         full = budget * (1 - _FULL)
 
@@ -207,6 +207,7 @@ class Extender:
                 if cost > room or refuses(number, row):
                     continue
                 taken.add(place)
+                refuses.ids.add(row["id"])
                 document = Document(
                     id=row["id"], title=row["title"], role="distractor", ref=self.store.sha(number)
                 )
@@ -233,12 +234,11 @@ class _Refusal:
         sample: Sample,
         store: DocumentStore,
         sources: Sequence[SourceConfig],
-        resolve: Callable[[str], str],
     ):
         self._finder = AnswerFinder(sample)
         self._titles = {normalise(d.title) for d in sample.documents if d.title}
         self._refs, self._tables, self._sources = set(), set(), set()
-        self._ids = {d.id for d in sample.documents}
+        self.ids = {d.id for d in sample.documents}  # of the whole context, once it grows
         for document in sample.documents:
             sha = document.ref or sha256(document.text)
             self._refs.add(sha)
@@ -258,7 +258,7 @@ class _Refusal:
     def __call__(self, number: int, row: dict) -> bool:
         return (
             row["source"] in self._rivals
-            or row["id"] in self._ids
+            or row["id"] in self.ids
             or self._store.sha(number) in self._refs
             or row["meta"].get("table") in self._tables
             or self._is_unseen(number, row)
@@ -276,7 +276,6 @@ class _Refusal:
 
 
 def _best_order(
-    sample: Sample,
     evidence: list[_Piece],
     distractors: list[_Piece],
     wants_spread: bool,

@@ -410,19 +410,23 @@ def _close_clients() -> None:
 
 
 def _sample_jobs(run: Run, stage: Stage) -> list[tuple[Run, int, str, int]]:
-    """``(run, part, file, first row)`` for every ``SAMPLES_PER_JOB`` rows of ``stage``."""
+    """``(run, part, file, offset)`` for every ``SAMPLES_PER_JOB`` rows of ``stage``."""
     jobs = []
     for path in stage.parts():
+        offset = 0
         with open(path, "rb") as file:
-            rows = sum(1 for _ in file)
-        for start in range(0, rows, SAMPLES_PER_JOB):
-            jobs.append((run, len(jobs), str(path), start))
+            for row, line in enumerate(file):
+                if row % SAMPLES_PER_JOB == 0:
+                    jobs.append((run, len(jobs), str(path), offset))
+                offset += len(line)
     return jobs
 
 
-def _read_samples(path: str, start: int) -> list[Sample]:
-    rows = itertools.islice(read_jsonl(path), start, start + SAMPLES_PER_JOB)
-    return [Sample.model_validate(row) for row in rows]
+def _read_samples(path: str, offset: int) -> list[Sample]:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        lines = list(itertools.islice(file, SAMPLES_PER_JOB))
+    return [Sample.model_validate_json(line) for line in lines]
 
 
 def _write_samples(run: Run, stage: str, part: int, samples: Iterable[Sample]) -> None:
@@ -469,8 +473,8 @@ def _extender(run: Run, split: str) -> Extender:
 
 
 def _extend_part(job: tuple[Run, int, str, int]) -> None:
-    run, part, path, start = job
-    samples = [_extender(run, s.split).extend(s) for s in _read_samples(path, start)]
+    run, part, path, offset = job
+    samples = [_extender(run, s.split).extend(s) for s in _read_samples(path, offset)]
     _write_samples(run, "extend", part, samples)
 
 
@@ -486,17 +490,17 @@ def _verify(run: Run, plan: _Plan) -> None:
     )
     jobs, position = [], 0
     for path in plan.stages["extend"].parts():
-        jobs.append((run, len(jobs), str(path), 0, position))
+        jobs.append((run, len(jobs), str(path), position))
         position += sum(1 for _ in read_jsonl(path))
     plan.run(plan.stages["verify"], _verify_part, jobs, len(jobs))
 
 
-def _verify_part(job: tuple[Run, int, str, int, int]) -> None:
-    run, part, path, start, position = job
+def _verify_part(job: tuple[Run, int, str, int]) -> None:
+    run, part, path, position = job
     config = run.recipe.verify
     _, texts = _corpus(run)
     duplicates = json.loads((run.folder("verify") / "duplicates.json").read_text())
-    samples = _read_samples(path, start)
+    samples = _read_samples(path, 0)
     client, ask = _client(run), None
     if client is not None:
         max_tokens = run.recipe.model.max_tokens
@@ -523,16 +527,16 @@ def _decontaminate_key(run: Run) -> list[Any]:
 
 
 def _decontaminate(run: Run, plan: _Plan) -> None:
-    jobs = [(run, i, str(path), 0) for i, path in enumerate(plan.stages["verify"].parts())]
+    jobs = [(run, i, str(path)) for i, path in enumerate(plan.stages["verify"].parts())]
     plan.run(plan.stages["decontaminate"], _decontaminate_part, jobs, len(jobs))
 
 
-def _decontaminate_part(job: tuple[Run, int, str, int]) -> None:
-    run, part, path, start = job
+def _decontaminate_part(job: tuple[Run, int, str]) -> None:
+    run, part, path = job
     contamination = _contamination(run)
     _, texts = _corpus(run)
     checked = []
-    for sample in _read_samples(path, start):
+    for sample in _read_samples(path, 0):
         if contamination is None:
             verdict = {"verdict": "not_run", "reason": "no evaluation sets"}
         else:

@@ -1,7 +1,8 @@
 """Filters of samples. Rules run always; a filter that needs a model is ``not_run`` without one.
 
 - ``evidence``: every span lies in its document and holds text; every evidence document has a span.
-- ``answer_leak``: the answer stands in the question, the instructions or the only document's title.
+- ``answer_leak``: the answer stands in the question, the instructions or the title of the only
+  evidence document.
 - ``distractor_leak``: a distractor states the answer.
 - ``split``: a document belongs to the other split.
 - ``length``: the context reached 80 % of its target, and the target holds it.
@@ -21,6 +22,7 @@ from rapidfuzz import fuzz
 
 from qwenlong.data.leaks import AnswerFinder, asks_the_same, entity_terms, normalise
 from qwenlong.data.recipe import VerifyConfig
+from qwenlong.llm import RequestRefused
 from qwenlong.prompts import Message, render
 from qwenlong.types import Difficulty, Sample
 
@@ -69,23 +71,14 @@ def verify_sample(
             verdict(False, duplicate_of=duplicate_of) if duplicate_of else verdict(True)
         ),
     }
-    difficulty = sample.difficulty
-    rules_failed = any(v["verdict"] == "fail" for v in filters.values())
-    if ask is None or rules_failed:
-        # Nothing is paid for a sample that a rule has thrown out.
-        reason = "no model" if ask is None else "failed a rule"
-        filters |= {name: {"verdict": "not_run", "reason": reason} for name in MODEL_FILTERS}
-    else:
-        filters["grounding"] = check_grounding(sample, ask, config)
-        if filters["grounding"]["verdict"] == "fail":
-            for name in ("robustness", "difficulty"):
-                filters[name] = {"verdict": "not_run", "reason": "failed grounding"}
-        else:
-            rate = pass_rate(sample, ask, config.k, resolve)
-            difficulty = Difficulty(model=ask.name, k=config.k, pass_rate=rate)
-            filters["robustness"] = verdict(rate > 0, k=config.k, pass_rate=rate)
-            in_bounds = config.min_pass_rate <= rate <= config.max_pass_rate
-            filters["difficulty"] = verdict(in_bounds, k=config.k, pass_rate=rate)
+    judged, difficulty, reason = {}, sample.difficulty, "no model"
+    if ask is not None and any(v["verdict"] == "fail" for v in filters.values()):
+        reason = "failed a rule"  # nothing is paid for a sample that a rule has thrown out
+    elif ask is not None:
+        judged, difficulty = _ask_model(sample, config, ask, resolve)
+        reason = "failed grounding"
+    for name in MODEL_FILTERS:
+        filters[name] = judged.get(name, {"verdict": "not_run", "reason": reason})
     raw = sample.to_json()
     raw["filters"] = {**raw["filters"], **filters}
     raw["difficulty"] = difficulty.to_json() if difficulty else None
@@ -120,8 +113,9 @@ def check_answer_leak(sample: Sample) -> dict[str, Any]:
     for name, text in (("question", sample.question), ("instructions", sample.instructions)):
         if finder.is_in(normalise(text)):
             return verdict(False, place=name)
-    # Among several documents a title that is the answer is one candidate of many, not a leak.
-    if len(sample.documents) == 1 and finder.is_in(normalise(sample.documents[0].title)):
+    # Where several documents lead to the answer, the last is often a page about it.
+    titles = [d.title for d in sample.documents if d.role == "evidence"]
+    if len(titles) == 1 and finder.is_in(normalise(titles[0])):
         return verdict(False, place="title")
     return verdict(True)
 
@@ -222,6 +216,29 @@ def guesses_allowed(k: int, chance: float, alpha: float) -> int:
         if tail <= alpha:
             return min(c, k - 1)
     return k - 1
+
+
+def _ask_model(
+    sample: Sample, config: VerifyConfig, ask: Asker, resolve: Callable[[str], str]
+) -> tuple[dict[str, dict[str, Any]], Difficulty | None]:
+    """Verdicts of the filters that could be run, and the difficulty.
+
+    A request that the server refuses, such as one that is too long for it, ends this sample's
+    checks. An unavailable server raises: the run is to be continued when it is back.
+    """
+    judged: dict[str, dict[str, Any]] = {}
+    try:
+        judged["grounding"] = check_grounding(sample, ask, config)
+        if judged["grounding"]["verdict"] == "fail":
+            return judged, None
+        rate = pass_rate(sample, ask, config.k, resolve)
+    except RequestRefused as error:
+        refused = {"verdict": "not_run", "reason": f"refused: {error}"}
+        return {name: judged.get(name, refused) for name in MODEL_FILTERS}, None
+    judged["robustness"] = verdict(rate > 0, k=config.k, pass_rate=rate)
+    in_bounds = config.min_pass_rate <= rate <= config.max_pass_rate
+    judged["difficulty"] = verdict(in_bounds, k=config.k, pass_rate=rate)
+    return judged, Difficulty(model=ask.name, k=config.k, pass_rate=rate)
 
 
 def check_grounding(sample: Sample, ask: Asker, config: VerifyConfig) -> dict[str, Any]:

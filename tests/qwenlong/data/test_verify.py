@@ -16,6 +16,7 @@ from qwenlong.data.verify import (
     guesses_allowed,
     verify_sample,
 )
+from qwenlong.llm import RequestRefused
 from qwenlong.types import Document, Evidence, Sample, TokenCount
 
 PLANTED = 60  # of each kind
@@ -295,8 +296,9 @@ def leak(sample, how):
     if how == 2:
         only = next(d for d in sample.documents if d.role == "evidence")
         only = only.model_copy(update={"title": f"About {answer}"})
+        documents = [only, *(d for d in sample.documents if d.role == "distractor")]
         evidence = [e for e in sample.evidence if e.doc == only.id]
-        return sample.model_copy(update={"documents": [only], "evidence": evidence})
+        return sample.model_copy(update={"documents": documents, "evidence": evidence})
     documents = [
         d.model_copy(update={"text": f"{d.text}\nSo: {answer}."}) if d.role == "distractor" else d
         for d in sample.documents
@@ -433,6 +435,22 @@ def test_guessing_seldom_fails_the_grounding_check(k):
         check_grounding(sample, Guesser(), config)["verdict"] == "fail" for _ in range(runs)
     )
     assert fails / runs <= 0.05 + 2 * (0.05 * 0.95 / runs) ** 0.5  # alpha, two deviations
+
+
+def test_a_refused_request_leaves_filters_not_run():
+    samples = clean_samples(2)
+
+    class Refuses(ScriptedAsker):
+        def __call__(self, messages, k):
+            if "<documents>" in messages[-1]["content"]:
+                raise RequestRefused("the prompt has 9,999 tokens, the model takes 4,096")
+            return super().__call__(messages, k)
+
+    for sample in verified(samples, ask=Refuses(samples)):
+        verdicts = {name: sample.filters[name].verdict for name in MODEL_FILTERS}
+        assert verdicts == {"grounding": "pass", "robustness": "not_run", "difficulty": "not_run"}
+        assert "4,096" in sample.filters["robustness"].reason
+        assert sample.difficulty is None
 
 
 def test_difficulty_bounds():
