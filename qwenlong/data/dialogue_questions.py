@@ -22,7 +22,13 @@ from qwenlong.data.dialogues import (
 )
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.python_facts import Span
-from qwenlong.data.samples import EVAL_SHARE, NUMBER_INSTRUCTIONS, contains_term, sample_id
+from qwenlong.data.samples import (
+    EVAL_SHARE,
+    NUMBER_INSTRUCTIONS,
+    REWARDS,
+    contains_term,
+    sample_id,
+)
 from qwenlong.prompts import TEXT_INSTRUCTIONS
 from qwenlong.types import Document, Evidence, Sample, Split
 
@@ -137,7 +143,7 @@ def _sample(dialogue: Dialogue, question: _Question) -> Sample:
         answer_type=kind,
         unit=question.unit,
         tolerance=0.0 if question.is_number else None,
-        reward=kind,
+        reward=REWARDS[kind],
         evidence=[Evidence(doc=document.id, start=s.start, end=s.end) for s in sorted(set(spans))],
         derivation=derivation,
     )

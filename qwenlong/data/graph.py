@@ -28,6 +28,7 @@ from qwenlong.data.samples import (
     EVAL_SHARE,
     NUMBER_INSTRUCTIONS,
     PROSE_KINDS,
+    REWARDS,
     contains_term,
     sample_id,
 )
@@ -203,7 +204,7 @@ def _sample(
         answer_type=kind,
         unit=asked.unit if asked.is_number else None,
         tolerance=0.0 if asked.is_number else None,
-        reward=kind,
+        reward=REWARDS[kind],
         evidence=evidence,
         derivation=derivation,
     )

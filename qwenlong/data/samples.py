@@ -12,6 +12,8 @@ from qwenlong.data.python_facts import Span
 from qwenlong.prompts import TEXT_INSTRUCTIONS
 
 PROSE_KINDS = frozenset({"text", "markdown", "html", "pdf"})  # of ``SourceDocument.kind``
+# Answer type -> name in ``qwenlong.rewards``.
+REWARDS = {"choice": "multiple_choice", "number": "numeric", "text": "exact_match"}
 OPTIONS = 4  # of a multiple choice question
 EVAL_SHARE = 0.05  # of the samples, as of the documents (``qwenlong.types.split_of``)
 NUMBER_INSTRUCTIONS = "Give the number in digits. " + TEXT_INSTRUCTIONS
@@ -40,8 +42,8 @@ def sample_id(route: str, content: Any) -> str:
 
 
 def contains_term(text: str, term: str) -> bool:
-    """Whether ``term`` stands in ``text`` as words of its own, or as the head of a dotted name."""
+    """Whether ``term`` stands in ``text`` as whole words; a part of a dotted name is a word."""
     if term.casefold() not in text.casefold():
         return False
-    pattern = rf"(?<![\w.]){re.escape(term)}(?!\w)"
+    pattern = rf"(?<!\w){re.escape(term)}(?!\w)"
     return re.search(pattern, text, re.IGNORECASE) is not None

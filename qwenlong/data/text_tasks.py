@@ -21,6 +21,7 @@ from qwenlong.data.samples import (
     NUMBER_INSTRUCTIONS,
     OPTIONS,
     PROSE_KINDS,
+    REWARDS,
     Item,
     contains_term,
     sample_id,
@@ -172,7 +173,7 @@ def _sample(route: str, document: SourceDocument, item: Item, rng: random.Random
         answers=[answer],
         answer_type=kind,
         tolerance=0.0 if kind == "number" else None,
-        reward=kind,
+        reward=REWARDS[kind],
         evidence=[Evidence(doc=document.id, start=s.start, end=s.end) for s in item.spans],
         derivation={
             "kind": "template",

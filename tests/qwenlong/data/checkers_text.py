@@ -12,6 +12,21 @@ import sqlite3
 import tokenize
 from dataclasses import dataclass, field
 
+from qwenlong.rewards import grade
+from qwenlong.types import Sample
+
+
+def is_rewarded(sample: Sample) -> bool:
+    """Whether the answer, stated as the instructions ask, gets a reward of 1 and another 0."""
+    frame = "The correct answer is ({})" if sample.choices else "Therefore, the answer is ({})"
+    assert frame.split("(")[0] in sample.instructions
+    wrong = "D" if sample.answers[0] != "D" else "A"
+    if sample.answer_type == "number":
+        wrong = str(float(sample.answers[0]) + 1)
+    scores = [grade(sample, frame.format(a)).value for a in (sample.answers[0], wrong)]
+    return scores == [1.0, 0.0]
+
+
 # --- pages of the graph ------------------------------------------------------
 
 

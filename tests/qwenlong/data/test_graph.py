@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from checkers_text import PageTable, compute_answer, read_page
+from checkers_text import PageTable, compute_answer, is_rewarded, read_page
 
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.graph import build_graph, multihop_samples
@@ -419,7 +419,7 @@ def test_shape_of_samples(samples):
     assert len(ids) == len({s.question for s in samples}) == len(samples)
     for sample in samples:
         assert Sample.model_validate(sample.to_json()) == sample
-        assert sample.task == "multihop_qa" and sample.reward == sample.answer_type
+        assert sample.task == "multihop_qa" and is_rewarded(sample)
         assert 2 <= sample.derivation["hops"] <= 6
         assert sample.question[-1] in "?." and "  " not in sample.question
         assert "{" not in sample.question and sample.question[0].isupper()

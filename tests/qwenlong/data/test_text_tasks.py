@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from checkers_text import (
     first_sentence,
+    is_rewarded,
     plain,
     read_source,
     read_transcript,
@@ -187,7 +188,7 @@ def test_shape_of_samples(choices, readings, dialogues):
         assert len({s.id for s in samples}) == len(samples)
         for sample in samples:
             assert Sample.model_validate(sample.to_json()) == sample
-            assert sample.reward == sample.answer_type
+            assert is_rewarded(sample)
             (document,) = sample.documents
             assert SourceDocument(text=document.text, source="x").split == sample.split
             assert all(e.start < e.end <= len(document.text) for e in sample.evidence)
