@@ -123,7 +123,14 @@ def draw_scores(
         axes.margins(x=0)
         axes.grid(axis="y", alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper right", ncols=4, fontsize=8, frameon=False)
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            borderaxespad=0.1,
+            ncols=4,
+            fontsize=8,
+            frameon=False,
+        )
     top.tick_params(labelbottom=False)
     middle.set_xlabel("token")
     middle.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
