@@ -13,7 +13,9 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _ENTITY = re.compile(
     r"`([^`\n]+)`|\"([^\"\n]+)\"|“([^”\n]+)”"  # quoted
-    r"|\b([A-Z][\w'’-]*(?:\s+(?:(?:of|the|and|de|du)\s+)?[A-Z][\w'’-]*)*)"  # names
+    # Names. Letters beyond ASCII count as capitals: `re` cannot tell.
+    r"|\b((?:[A-Z]|[^\W\d_a-z])[\w'’-]*"
+    r"(?:\s+(?:(?:of|the|and|de|du)\s+)?(?:[A-Z]|[^\W\d_a-z])[\w'’-]*)*)"
     r"|\b(\d[\d.,]*\d|\d)\b"
 )
 _NAME = 3  # the group of names in _ENTITY

@@ -31,7 +31,7 @@ INDEX_DTYPE = np.dtype(
         ("is_eval", "?"),
     ]
 )
-_CACHE_BYTES = 64_000_000
+_CACHE_BYTES = 32_000_000  # of JSON; as objects about four times that
 
 
 def sha256(text: str) -> str:

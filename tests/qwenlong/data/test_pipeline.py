@@ -337,7 +337,10 @@ def command(recipe, out):
 
 
 def kill_until_done(recipe, out, kills, rng, longest):
-    """Start the command and kill it at random moments, ``kills`` times; then let it finish."""
+    """Start the command and kill it at random moments, ``kills`` times; then let it finish.
+
+    Every third time it is interrupted as by Ctrl-C.
+    """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     killed = 0
     while True:
@@ -352,8 +355,9 @@ def kill_until_done(recipe, out, kills, rng, longest):
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            how = signal.SIGKILL if killed % 3 else signal.SIGINT
+            os.killpg(process.pid, how)
+            assert process.wait(60) != 0
             process.stderr.close()
             killed += 1
             assert killed <= kills, "the last run did not finish in 300 s"

@@ -100,6 +100,11 @@ def test_entities():
         "1997",
     ]
     assert entity_terms("What is it?") == []
+    assert entity_terms("Wo liegt Ōsaka, und wo Äußere Alster?") == [
+        "wo",
+        "ōsaka",
+        "äussere alster",
+    ]
     # The same entities however the question begins.
     for question in ("Which river crosses Lower Saxony?", "Lower Saxony: please name the river."):
         assert entity_terms(question) == ["lower saxony"]
