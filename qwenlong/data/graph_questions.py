@@ -17,7 +17,6 @@ from qwenlong.data.knowledge_graph import KnowledgeGraph, Node, Step
 
 _OBFUSCATED = 0.4  # of the anchors are described instead of named
 _STARTS = ("country", "airport", "time zone", "module", "class", "")
-_OPERATION = {"number": "number", "year": "number"}
 
 
 @dataclass
@@ -91,8 +90,7 @@ def _chain_to(draft: Draft, end: Node, length: int, avoid: Sequence[str] = ()) -
         return draft.described(end, avoid)
     start, path = _reversed(end, _path(draft, end, length))
     _refuse_named_module(start, path)
-    probability = _OBFUSCATED if start[0] in _STARTS else 0.0
-    return draft.follow_all(draft.anchor(start, probability, avoid), path, avoid)
+    return draft.follow_all(draft.anchor(start, _OBFUSCATED, avoid), path, avoid)
 
 
 def _refuse_named_module(start: Node, path: Sequence[Step]) -> None:
@@ -115,12 +113,13 @@ def _value_asked(draft: Draft, ref: Ref, relation: str) -> tuple[list[str], list
     if info.object == "offset":
         op = "offset_" + str(info.unit)
     else:
-        op = _OPERATION.get(info.object, "text")
+        op = "number" if info.object in ("number", "year") else "text"
     return [term], [value], {"op": op, "of": term}, op != "text"
 
 
-def _name_asked(ref: Ref) -> tuple[list[str], list[str], dict, bool]:
-    return [ref.term], [ref.node[1]], {"op": "text", "of": ref.term}, False
+def _name_asked(ref: Ref) -> tuple[list[str], list[str], dict]:
+    """``(select, values, compute)`` for the name of ``ref``."""
+    return [ref.term], [ref.node[1]], {"op": "text", "of": ref.term}
 
 
 def _upper(text: str) -> str:
@@ -142,7 +141,7 @@ def multi_fact(draft: Draft, hops: int) -> Asked:
     ref = draft.follow(before, path[-1], [relation] if relation else [])
     if relation is None:
         question = draft.say(["What is the name of {}?", "Name {}."], [ref])
-        return Asked("chain", question, *_name_asked(ref)[:3])
+        return Asked("chain", question, *_name_asked(ref))
     select, values, compute, is_number = _value_asked(draft, ref, relation)
     info = relation_of(relation)
     question = draft.say(info.questions, [ref])
@@ -260,7 +259,8 @@ def temporal_earliest(draft: Draft, hops: int) -> Asked:
             f"Of {listed}, take the airport whose time zone gave up local mean time first. {ask}",
         ]
     )
-    return Asked("earliest", question, select, values, compute, info.unit, info.object == "number")
+    is_number = info.object == "number"
+    return Asked("earliest", question, select, values, compute, info.unit, is_number, count)
 
 
 # --- causal ------------------------------------------------------------------
@@ -277,8 +277,10 @@ def causal_border(draft: Draft, hops: int) -> Asked:
     ref = _chain_to(draft, ("country", country), max(1, hops - 2), ("only_neighbour",))
     end = draft.pin(("country", victim), ("?", "only_neighbour", ref.term))
     relation = _attribute(draft, end.node)
-    select, values, compute, is_number = _value_asked(draft, end, str(relation))
-    info = relation_of(str(relation))
+    if relation is None:
+        raise Rejected
+    select, values, compute, is_number = _value_asked(draft, end, relation)
+    info = relation_of(relation)
     ask = _upper(draft.rng.choice(info.questions).format("that other country"))
     asks = [
         "{} closes all its land borders. As a result exactly one other country has no open land "
@@ -296,7 +298,7 @@ def _ask_module(draft: Draft, end: Ref, hops_left: int) -> tuple[Asked, str]:
         select, values, compute, is_number = _value_asked(draft, end, "source_lines")
         ask = draft.rng.choice(relation_of("source_lines").questions).format("that module")
         return Asked("", "", select, values, compute, "lines", is_number), ask
-    asked = Asked("", "", *_name_asked(end)[:3])
+    asked = Asked("", "", *_name_asked(end))
     return asked, draft.rng.choice(["What is the name of that module?", "Which module is it?"])
 
 
@@ -447,7 +449,7 @@ def _ask_class(draft: Draft, end: Ref) -> tuple[Asked, str]:
         ask = "How many lines does the source of the module that defines that class have?"
         return Asked("", "", select, values, compute, "lines", is_number), ask
     ask = draft.rng.choice(["Which class is it?", "What is the full name of that class?"])
-    return Asked("", "", *_name_asked(end)[:3]), ask
+    return Asked("", "", *_name_asked(end)), ask
 
 
 def causal_inherited(draft: Draft, hops: int) -> Asked:
