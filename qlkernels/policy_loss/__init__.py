@@ -17,6 +17,7 @@ writes the gradient. Masked rows are not read beyond their mask.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from qlkernels._nvtx import op_range
 from qlkernels._target import why_not_triton
 from qlkernels.policy_loss import arguments, eager
 from qlkernels.policy_loss import triton as triton_kernels
-from qlkernels.policy_loss.arguments import OP, RULE_OF
+from qlkernels.policy_loss.arguments import METRIC_COLUMNS, OP, RULE_OF
 from qlkernels.policy_loss.reference import aggregation_weights, policy_loss_ref
 
 
@@ -59,21 +60,30 @@ class PolicyLoss(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What the implementations need beside tensors."""
+    """What the implementations need beside tensors. Schemas with many arguments are slow to call
+    (torch 2.13 checks them in quadratic time), so that the ops take it in three.
+    """
 
-    loss_type: str
     eps_low: float
     eps_high: float
-    dual_clip: float | None
-    ratio_cap: float | None
+    dual_clip: float  # inf for none, as ratio_cap
+    ratio_cap: float
     kl_coef: float
-    kl_estimator: str
-    kl_importance: bool
     entropy_coef: float
-    rule: str  # a named rule that needs no prelude, or "weights"
-    kept_only: bool
     scale: float  # the loss is multiplied by it
+    kl_importance: bool
+    kept_only: bool
     advantages_per_token: bool
+    loss_type: str
+    kl_estimator: str
+    rule: str  # "weights", or a named rule that needs no prelude
+
+    def packed(self) -> tuple[list[float], list[bool], str]:
+        return list(self[:7]), list(self[7:10]), " ".join(self[10:])
+
+    @staticmethod
+    def unpacked(numbers: list[float], flags: list[bool], words: str) -> _Options:
+        return _Options(*numbers, *flags, *words.split())
 
 
 _ROWS = (
@@ -97,38 +107,24 @@ def _op(
     weights: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
     count: torch.Tensor | None,
-    loss_type: str,
-    eps_low: float,
-    eps_high: float,
-    dual_clip: float | None,
-    ratio_cap: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_importance: bool,
-    entropy_coef: float,
-    rule: str,
-    kept_only: bool,
-    scale: float,
-    advantages_per_token: bool,
+    numbers: list[float],
+    flags: list[bool],
+    words: str,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, metrics [12], g [T], coef [2, B] and factor: see ``eager.py`` for what the last three
-    mean."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, metrics [16], g [T] and coef [2 B + 1]: see ``eager.py`` for the last two."""
     tensors = (
         logprobs, old_logprobs, advantages, response_mask, keep_mask, ref_logprobs,
         rollout_is_weights, entropy, weights,
     )  # fmt: skip
-    options = _Options(
-        loss_type, eps_low, eps_high, dual_clip, ratio_cap, kl_coef, kl_estimator, kl_importance,
-        entropy_coef, rule, kept_only, scale, advantages_per_token,
-    )  # fmt: skip
+    options = _Options.unpacked(numbers, flags, words)
     arguments.check_cu_seqlens(cu_seqlens, logprobs.shape[0])
     T, B = logprobs.shape[0], cu_seqlens.shape[0] - 1
     if T == 0 or B == 0:
-        metrics = logprobs.new_full((12,), torch.nan)
+        metrics = logprobs.new_full((16,), torch.nan)
         metrics[0] = 0.0
-        zero = logprobs.new_zeros(())
-        return zero, metrics, torch.zeros_like(logprobs), logprobs.new_zeros(2, B), zero.clone()
+        empty = torch.zeros_like(logprobs), logprobs.new_zeros(2 * B + 1)
+        return logprobs.new_zeros(()), metrics, *empty
     with op_range(OP, logprobs):
         rows = dict(zip(_ROWS, tensors, strict=True))
         implementation = triton_kernels if impl == "triton" else eager
@@ -139,22 +135,21 @@ def _op(
 def _(logprobs, *args):
     B = args[8].shape[0] - 1
     new = logprobs.new_empty
-    return new(()), new(12), torch.empty_like(logprobs), new(2, B), new(())
+    return new(()), new(16), torch.empty_like(logprobs), new(2 * B + 1)
 
 
 @torch.library.custom_op("qlkernels::policy_loss_bwd", mutates_args=())
 def _op_bwd(
     dloss: torch.Tensor,
-    factor: torch.Tensor,
     coef: torch.Tensor,
     g: torch.Tensor,
     response_mask: torch.Tensor,
     keep_mask: torch.Tensor | None,
     weights: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
-    entropy_coef: float,
-    is_sequence: bool,
-    kept_only: bool,
+    numbers: list[float],
+    flags: list[bool],
+    words: str,
     needs_dentropy: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,36 +161,33 @@ def _op_bwd(
         implementation = triton_kernels if impl == "triton" else eager
         with op_range(f"{OP}_bwd", g):
             dlogprobs = implementation.backward(
-                dloss, factor, coef, g, (response_mask, keep_mask, weights), cu_seqlens,
-                entropy_coef, is_sequence, kept_only, dentropy,
+                dloss, coef, g, (response_mask, keep_mask, weights), cu_seqlens,
+                _Options.unpacked(numbers, flags, words), dentropy,
             )  # fmt: skip
     return dlogprobs, g.new_zeros(0) if dentropy is None else dentropy
 
 
 @_op_bwd.register_fake
-def _(dloss, factor, coef, g, *args):
+def _(dloss, coef, g, *args):
     return torch.empty_like(g), torch.empty_like(g) if args[-2] else g.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
-    options = _Options(*inputs[11:-1])
     ctx.set_materialize_grads(False)
     response_mask, keep_mask, weights, cu_seqlens = (inputs[i] for i in (3, 4, 8, 9))
-    ctx.save_for_backward(*output[2:], response_mask, keep_mask, weights, cu_seqlens)
-    ctx.options, ctx.impl = options, inputs[-1]
+    ctx.save_for_backward(output[3], output[2], response_mask, keep_mask, weights, cu_seqlens)
+    ctx.options = inputs[11:]
 
 
 def _autograd_backward(ctx, dloss, *_others):
-    none = (None,) * (len(_Options._fields) + 12)
+    none = (None,) * 15
     if dloss is None:
         return none
-    g, coef, factor, response_mask, keep_mask, weights, cu_seqlens = ctx.saved_tensors
+    *options, impl = ctx.options
     needs_dentropy = ctx.needs_input_grad[7]
     dlogprobs, dentropy = torch.ops.qlkernels.policy_loss_bwd(
-        dloss, factor, coef, g, response_mask, keep_mask, weights, cu_seqlens,
-        ctx.options.entropy_coef, ctx.options.loss_type == "gspo", ctx.options.kept_only,
-        needs_dentropy, ctx.impl,
-    )  # fmt: skip
+        dloss, *ctx.saved_tensors, *options, needs_dentropy, impl
+    )
     return dlogprobs, *none[1:7], dentropy if needs_dentropy else None, *none[8:]
 
 
@@ -377,12 +369,6 @@ def policy_loss(
         weights = None
     arguments.check_rule(rule, counts, group_ids, max_completion_tokens, logprobs, B)
     counts = {name: arguments.as_scalar(name, x, device, dtype) for name, x in counts.items()}
-    kernel_options = dict(
-        loss_type=loss_type, eps_low=float(eps_low), eps_high=float(eps_high),
-        dual_clip=dual_clip, ratio_cap=ratio_cap, kl_coef=float(kl_coef),
-        kl_estimator=kl_estimator, kl_importance=kl_importance, entropy_coef=float(entropy_coef),
-    )  # fmt: skip
-
     wrong_dtype = "it computes in fp32; use 'torch' or 'reference' for fp64"
     blockers = {
         "triton": wrong_dtype if dtype == torch.float64 else why_not_triton(logprobs),
@@ -401,8 +387,10 @@ def policy_loss(
     if chosen == "reference":
         arguments.check_cu_seqlens(cu_seqlens, tensors["logprobs"].shape[0])
         loss, metrics = policy_loss_ref(
-            **tensors, **kernel_options,
-            cu_seqlens=cu_seqlens, weights=weights, denominator=denominator,
+            **tensors, cu_seqlens=cu_seqlens, weights=weights, denominator=denominator,
+            loss_type=loss_type, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
+            ratio_cap=ratio_cap, kl_coef=kl_coef, kl_estimator=kl_estimator,
+            kl_importance=kl_importance, entropy_coef=entropy_coef,
         )  # fmt: skip
         values = [metrics[name].to(loss.dtype) for name in PolicyLossMetrics._fields]
         return PolicyLoss(loss, PolicyLossMetrics(*values))
@@ -410,9 +398,25 @@ def policy_loss(
     if weights is not None:
         rule, weights = "weights", weights.to(dtype)
     count = counts["num_tokens"] if counts["num_tokens"] is not None else counts["num_sequences"]
+    options = _Options(
+        eps_low=float(eps_low),
+        eps_high=float(eps_high),
+        dual_clip=math.inf if dual_clip is None else float(dual_clip),
+        ratio_cap=math.inf if ratio_cap is None else float(ratio_cap),
+        kl_coef=float(kl_coef),
+        entropy_coef=float(entropy_coef),
+        scale=1.0 / max_completion_tokens if rule == "constant" else 1.0,
+        kl_importance=kl_importance,
+        kept_only=denominator == "kept",
+        advantages_per_token=per_token,
+        loss_type=loss_type,
+        kl_estimator=kl_estimator,
+        rule=rule,
+    )
     loss, metrics, *_ = torch.ops.qlkernels.policy_loss(
         *tensors.values(), weights, cu_seqlens, count if rule != "weights" else None,
-        *kernel_options.values(), rule, denominator == "kept",
-        1.0 / max_completion_tokens if rule == "constant" else 1.0, per_token, chosen,
+        *options.packed(), chosen,
     )  # fmt: skip
-    return PolicyLoss(loss, PolicyLossMetrics(*metrics.detach().unbind()))
+    values = metrics.detach().unbind()
+    by_name = {name: values[column] for name, column in METRIC_COLUMNS.items()}
+    return PolicyLoss(loss, PolicyLossMetrics(**by_name))

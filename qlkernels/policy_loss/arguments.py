@@ -16,6 +16,21 @@ RULE_OF = {
     "gspo": "seq-mean-token-mean",
     "cispo": "token-mean",
 }
+# where an implementation puts each metric in its 16 numbers
+METRIC_COLUMNS = {
+    "num_tokens": 0,
+    "live_fraction": 1,
+    "clip_low": 2,
+    "kl": 5,
+    "entropy_token_mean": 6,
+    "ratio_mean": 7,
+    "masked_fraction": 8,
+    "clip_cap": 9,
+    "clip_high": 10,
+    "entropy_sequence_mean": 11,
+    "ratio_min": 14,
+    "ratio_max": 15,
+}
 # what each aggregation divides by
 COUNT_OF = {
     "token-mean": "num_tokens",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from qlkernels.policy_loss.arguments import METRIC_COLUMNS
 from qlkernels.policy_loss.reference import LOG_RATIO_LIMIT
 
 
@@ -28,11 +29,11 @@ def _spread(x: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
 
 
 def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
-    """``rows``: the ``[T]`` inputs by name, or None. Returns loss, metrics, g, coef, factor.
+    """``rows``: the ``[T]`` inputs by name, or None. Returns loss, metrics, g, coef.
 
     The weight of a row is w_t = a_i * factor; g is dL/dl without it, and row t of sequence i has
     the derivative upstream * factor * a_i * (g_t + c_i), where c_i is what reaches every token of i
-    through a sequence-level ratio.
+    through a sequence-level ratio. coef ``[2 B + 1]`` is a, c, factor.
     """
     dtype, device = rows["logprobs"].dtype, rows["logprobs"].device
     T, B = rows["logprobs"].shape[0], cu_seqlens.shape[0] - 1
@@ -64,10 +65,9 @@ def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
         dratio = -clipped * A
         loss = dratio * logprobs
     else:
-        capped = ratio if options.ratio_cap is None else ratio.clamp(max=options.ratio_cap)
+        capped = ratio.clamp(max=options.ratio_cap)
         r = torch.where(A > 0, torch.minimum(capped, clipped), torch.maximum(capped, clipped))
-        if options.dual_clip is not None:
-            r = torch.where(A < 0, r.clamp(max=options.dual_clip), r)
+        r = torch.where(A < 0, r.clamp(max=options.dual_clip), r)
         loss = -A * r
         # r is the ratio itself or a bound: equality says which, and a bound has no gradient
         dratio = torch.where((r == ratio) & follows, loss, 0.0)
@@ -134,40 +134,38 @@ def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
     least = torch.where(mask, ratio, torch.inf).amin()
     largest = torch.where(mask, ratio, -torch.inf).amax()
     has_entropy = rows["entropy"] is not None
-    metrics = torch.stack(
-        [
-            n,
-            mean(clip_low),
-            mean(clip_high),
-            mean(clip_cap),
-            mean(kl) if rows["ref_logprobs"] is not None else nan,
-            torch.where(n > 0, entropy_means.sum() / n_sequences, nan) if has_entropy else nan,
-            mean(entropy) if has_entropy else nan,
-            mean(ratio),
-            torch.where(n > 0, least.double(), nan),
-            torch.where(n > 0, largest.double(), nan),
-            mean(~kept),
-            mean(live),
-        ]
-    )
-    coef = torch.stack([a, c]).to(dtype)
-    return total.to(dtype), metrics.to(dtype), g, coef, factor.to(dtype)
+    found = {
+        "num_tokens": n,
+        "live_fraction": mean(live),
+        "clip_low": mean(clip_low),
+        "clip_high": mean(clip_high),
+        "clip_cap": mean(clip_cap),
+        "kl": mean(kl) if rows["ref_logprobs"] is not None else nan,
+        "entropy_token_mean": mean(entropy) if has_entropy else nan,
+        "entropy_sequence_mean": entropy_means.sum() / n_sequences if has_entropy else nan,
+        "ratio_mean": mean(ratio),
+        "ratio_min": torch.where(n > 0, least.double(), nan),
+        "ratio_max": torch.where(n > 0, largest.double(), nan),
+        "masked_fraction": mean(~kept),
+    }
+    by_column = {METRIC_COLUMNS[name]: x for name, x in found.items()}
+    metrics = torch.stack([by_column.get(column, 0 * n) for column in range(16)])
+    coef = torch.cat([a, c, factor.view(1)]).to(dtype)
+    return total.to(dtype), metrics.to(dtype), g, coef
 
 
-def backward(
-    dloss, factor, coef, g, masks, cu_seqlens, entropy_coef, is_sequence, kept_only, dentropy
-) -> torch.Tensor:
+def backward(dloss, coef, g, masks, cu_seqlens, options, dentropy) -> torch.Tensor:
     """dlogprobs; ``masks`` are response, keep, weights. Fills ``dentropy`` unless it is None."""
     response_mask, keep_mask, weights = masks
     T, B = g.shape[0], cu_seqlens.shape[0] - 1
     seq_ids = _sequence_ids(cu_seqlens, T)
     mask = response_mask & (seq_ids < B)
-    upstream = _spread(dloss * factor * coef[0], seq_ids)
-    if is_sequence:
-        g = torch.where(mask, g + _spread(coef[1], seq_ids), 0.0)
+    upstream = _spread(dloss * coef[-1] * coef[:B], seq_ids)
+    if options.loss_type == "gspo":
+        g = torch.where(mask, g + _spread(coef[B : 2 * B], seq_ids), 0.0)
     if dentropy is not None:
-        own = torch.full_like(g, -entropy_coef).masked_fill(~mask, 0.0)
-        if kept_only and keep_mask is not None:
+        own = torch.full_like(g, -options.entropy_coef).masked_fill(~mask, 0.0)
+        if options.kept_only and keep_mask is not None:
             own = torch.where(keep_mask, own, 0.0)
         if weights is not None:
             own = torch.where(own != 0, own * weights, 0.0)

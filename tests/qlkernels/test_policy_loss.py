@@ -618,8 +618,9 @@ def test_custom_ops_pass_opcheck(entropy_coef):
         torch.ops.qlkernels.policy_loss,
         (
             logprobs, x["old_logprobs"], x["advantages"], x["response_mask"], x["keep_mask"],
-            x["ref_logprobs"], None, entropy, None, x["cu_seqlens"], None, "gspo", 0.2, 0.2, None,
-            3.0, 0.1, "k3", False, entropy_coef, "seq-mean-token-mean", True, 1.0, False, "torch",
+            x["ref_logprobs"], None, entropy, None, x["cu_seqlens"], None,
+            [0.2, 0.2, math.inf, 3.0, 0.1, entropy_coef, 1.0], [False, True, False],
+            "gspo k3 seq-mean-token-mean", "torch",
         ),
     )  # fmt: skip
 
