@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import toy_route
 import yaml
+from llm_server import serve
 
 from qwenlong.data.export import ExportedTexts, load_samples
 from qwenlong.data.pipeline import STAGES, run_pipeline
@@ -325,6 +326,33 @@ def test_a_dead_server_loses_nothing_already_paid_for(corpus, tmp_path, monkeypa
     usage = json.loads((out / "usage.json").read_text())
     assert usage["answers"] == 48 == json.loads((whole / "usage.json").read_text())["answers"]
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+HOSTILE = ["not json", ("status", 503, {}), "no choices", "hang up", "half", "text"]
+
+
+def test_over_http_a_hostile_server_then_a_dead_one(corpus, tmp_path):
+    def recipe(url):
+        model = ModelConfig(base_url=url, model="m", concurrency=2)
+        routes = [RouteConfig(route="toy_route:toy_samples", limit=4)]
+        return toy_recipe(corpus, model=model, routes=routes, verify=VerifyConfig(k=1))
+
+    with serve(HOSTILE) as (server, url):
+        summary = run_pipeline(recipe(url), tmp_path)
+        # Four samples, two prompts each, and one more attempt for every fault.
+        assert len(server.bodies) == 8 + len(HOSTILE)
+    # The server shouts the prompt back: nothing known without it, everything in it.
+    assert sum(summary["filters"]["grounding"].values()) == 4
+    assert json.loads((tmp_path / "usage.json").read_text())["answers"] == 8
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    for stage in ("verify", "decontaminate"):
+        (tmp_path / "work" / stage / "done.json").unlink()
+        for part in (tmp_path / "work" / stage).glob("part-*"):
+            part.unlink()
+    (tmp_path / "samples.jsonl").unlink()
+    (tmp_path / "summary.json").unlink()
+    run_pipeline(recipe("http://127.0.0.1:9/v1"), tmp_path)  # nobody listens there
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
 
 
 # --- kills -----------------------------------------------------------------------
