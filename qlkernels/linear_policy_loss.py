@@ -54,6 +54,7 @@ from qlkernels.linear_logprob.passes import (
 from qlkernels.policy_loss import (
     RULE_OF,
     PolicyLossMetrics,
+    PolicyOptions,
     aggregation_weights,
     policy_loss,
 )
@@ -182,15 +183,15 @@ class _Call:
     @property
     def known_before(self) -> bool:
         """Without old log-probs the ratio is 1, and without a KL term nothing else moves."""
-        return self.rows["old_logprobs"] is None and self.policy["kl_coef"] == 0.0
+        return self.rows["old_logprobs"] is None and self.policy.kl_coef == 0.0
 
     @property
     def one_pass(self) -> bool:
-        needs_sequence = self.policy["loss_type"] == "gspo" and not self.known_before
+        needs_sequence = self.policy.loss_type == "gspo" and not self.known_before
         if self.options.impl != "triton" or needs_sequence:
             return not needs_sequence
         return (
-            self.policy["entropy_coef"] == 0.0
+            self.policy.entropy_coef == 0.0
             and self.options.softcap is None
             and self.x.dtype != torch.float16
         )
@@ -202,21 +203,17 @@ class _Call:
         pick = {k: v if v is None or index is None else v[index] for k, v in self.rows.items()}
         n, device = logprobs.shape[0], logprobs.device
         cu_seqlens = self.cu_seqlens if index is None else torch.arange(2, device=device) * n
-        policy = dict(self.policy)
-        kept_only, coef = policy.pop("kept_only"), policy["entropy_coef"]
-        weights = pick.pop("weights")
+        has_bonus = self.policy.entropy_coef != 0.0
         impl = "triton" if self.options.impl == "triton" else "torch"
-        _, _, *saved = torch.ops.qlkernels.policy_loss(
-            logprobs, *pick.values(), entropy, weights, cu_seqlens, None, *policy.values(),
-            "weights", kept_only, 1.0, True, impl,
-        )  # fmt: skip
-        g, per_sequence, factor = saved
+        weights, packed = pick.pop("weights"), self.policy.packed()
+        _, _, g, coef = torch.ops.qlkernels.policy_loss(
+            logprobs, *pick.values(), entropy, weights, cu_seqlens, None, *packed, impl
+        )
         dlogprobs, dentropy = torch.ops.qlkernels.policy_loss_bwd(
-            torch.ones((), device=device), factor, per_sequence, g, pick["response_mask"],
-            pick["keep_mask"], weights, cu_seqlens, coef, policy["loss_type"] == "gspo", kept_only,
-            coef != 0.0, impl,
+            torch.ones((), device=device), coef, g, pick["response_mask"], pick["keep_mask"],
+            weights, cu_seqlens, *packed, has_bonus, impl,
         )  # fmt: skip
-        return dlogprobs, dentropy if coef != 0.0 else None
+        return dlogprobs, dentropy if has_bonus else None
 
     def may_be_live(self) -> torch.Tensor:
         """``[T]`` bool: False where the derivative is 0 whatever the scores turn out to be."""
@@ -226,7 +223,7 @@ class _Call:
             self.known = g, g_entropy = self.derivative(nothing, nothing)
             return mask & ((g != 0) if g_entropy is None else (g != 0) | (g_entropy != 0))
         live = mask & (rows["weights"] != 0)
-        if self.policy["kl_coef"] == 0.0 and self.policy["entropy_coef"] == 0.0:
+        if self.policy.kl_coef == 0.0 and self.policy.entropy_coef == 0.0:
             live = live & (rows["advantages"] != 0)
             if rows["keep_mask"] is not None:
                 live = live & rows["keep_mask"]
@@ -427,16 +424,9 @@ def _op(
     logit_scale: float,
     softcap: float | None,
     chunk_tokens: int | None,
-    loss_type: str,
-    eps_low: float,
-    eps_high: float,
-    dual_clip: float | None,
-    ratio_cap: float | None,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_importance: bool,
-    entropy_coef: float,
-    kept_only: bool,
+    numbers: list[float],
+    flags: list[bool],
+    words: str,
     needs_dx: bool,
     needs_dw: bool,
     needs_db: bool,
@@ -453,11 +443,7 @@ def _op(
     )
     options = Options(tau, logit_scale, softcap, chunk_tokens, True, impl)
     rows["weights"] = weights
-    policy = dict(
-        loss_type=loss_type, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
-        ratio_cap=ratio_cap, kl_coef=kl_coef, kl_estimator=kl_estimator,
-        kl_importance=kl_importance, entropy_coef=entropy_coef, kept_only=kept_only,
-    )  # fmt: skip
+    policy = PolicyOptions.unpacked(numbers, flags, words)
     call = _Call(hidden_states, lm_head_weight, target_ids, bias, options, rows, cu_seqlens, policy)
     with (
         op_range(OP, hidden_states),
@@ -601,9 +587,9 @@ def linear_policy_loss(
         del blockers["triton"]  # on the CPU it would be the interpreter
     chosen = pick_impl(OP, impl, blockers)
     policy = dict(
-        loss_type=loss_type, eps_low=float(eps_low), eps_high=float(eps_high),
-        dual_clip=dual_clip, ratio_cap=ratio_cap, kl_coef=float(kl_coef),
-        kl_estimator=kl_estimator, kl_importance=kl_importance, entropy_coef=float(entropy_coef),
+        loss_type=loss_type, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
+        ratio_cap=ratio_cap, kl_coef=kl_coef, kl_estimator=kl_estimator,
+        kl_importance=kl_importance, entropy_coef=entropy_coef,
     )  # fmt: skip
     rows = dict(
         keep_mask=keep_mask, ref_logprobs=ref_logprobs, rollout_is_weights=rollout_is_weights
@@ -661,8 +647,7 @@ def linear_policy_loss(
         float(logit_scale),
         softcap,
         chunk_tokens,
-        *policy.values(),
-        denominator == "kept",
+        *PolicyOptions.of(**policy, rule="weights", kept_only=denominator == "kept").packed(),
         *needs,
         chosen,
     )

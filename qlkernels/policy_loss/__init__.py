@@ -11,8 +11,8 @@
     w_t: token-mean 1 / N,  seq-mean-token-mean 1 / (B n_i),  constant 1 / (B M),
          group-token-mean 1 / (n_groups N_group)
 
-The forward reads each input once and writes one fp32 value a row; the backward reads that value and
-writes the gradient. Masked rows are not read beyond their mask.
+The forward reads each input once (gspo: log-probs twice) and writes one fp32 value a row; the
+backward reads that value and writes the gradient. Masked rows are not read beyond their mask.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PolicyLoss(NamedTuple):
     metrics: PolicyLossMetrics
 
 
-class _Options(NamedTuple):
+class PolicyOptions(NamedTuple):
     """What the implementations need beside tensors. Schemas with many arguments are slow to call
     (torch 2.13 checks them in quadratic time), so that the ops take it in three.
     """
@@ -78,12 +78,24 @@ class _Options(NamedTuple):
     kl_estimator: str
     rule: str  # "weights", or a named rule that needs no prelude
 
+    @staticmethod
+    def of(*, dual_clip, ratio_cap, scale=1.0, advantages_per_token=True, **options):
+        """From the arguments of ``policy_loss``, which says None where there is no bound."""
+        return PolicyOptions(
+            dual_clip=math.inf if dual_clip is None else float(dual_clip),
+            ratio_cap=math.inf if ratio_cap is None else float(ratio_cap),
+            scale=float(scale),
+            advantages_per_token=advantages_per_token,
+            **{k: float(v) if isinstance(v, int) and not isinstance(v, bool) else v
+               for k, v in options.items()},
+        )  # fmt: skip
+
     def packed(self) -> tuple[list[float], list[bool], str]:
         return list(self[:7]), list(self[7:10]), " ".join(self[10:])
 
     @staticmethod
-    def unpacked(numbers: list[float], flags: list[bool], words: str) -> _Options:
-        return _Options(*numbers, *flags, *words.split())
+    def unpacked(numbers: list[float], flags: list[bool], words: str) -> PolicyOptions:
+        return PolicyOptions(*numbers, *flags, *words.split())
 
 
 _ROWS = (
@@ -117,7 +129,7 @@ def _op(
         logprobs, old_logprobs, advantages, response_mask, keep_mask, ref_logprobs,
         rollout_is_weights, entropy, weights,
     )  # fmt: skip
-    options = _Options.unpacked(numbers, flags, words)
+    options = PolicyOptions.unpacked(numbers, flags, words)
     arguments.check_cu_seqlens(cu_seqlens, logprobs.shape[0])
     T, B = logprobs.shape[0], cu_seqlens.shape[0] - 1
     if T == 0 or B == 0:
@@ -162,7 +174,7 @@ def _op_bwd(
         with op_range(f"{OP}_bwd", g):
             dlogprobs = implementation.backward(
                 dloss, coef, g, (response_mask, keep_mask, weights), cu_seqlens,
-                _Options.unpacked(numbers, flags, words), dentropy,
+                PolicyOptions.unpacked(numbers, flags, words), dentropy,
             )  # fmt: skip
     return dlogprobs, g.new_zeros(0) if dentropy is None else dentropy
 
@@ -398,13 +410,13 @@ def policy_loss(
     if weights is not None:
         rule, weights = "weights", weights.to(dtype)
     count = counts["num_tokens"] if counts["num_tokens"] is not None else counts["num_sequences"]
-    options = _Options(
-        eps_low=float(eps_low),
-        eps_high=float(eps_high),
-        dual_clip=math.inf if dual_clip is None else float(dual_clip),
-        ratio_cap=math.inf if ratio_cap is None else float(ratio_cap),
-        kl_coef=float(kl_coef),
-        entropy_coef=float(entropy_coef),
+    options = PolicyOptions.of(
+        eps_low=eps_low,
+        eps_high=eps_high,
+        dual_clip=dual_clip,
+        ratio_cap=ratio_cap,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
         scale=1.0 / max_completion_tokens if rule == "constant" else 1.0,
         kl_importance=kl_importance,
         kept_only=denominator == "kept",
