@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "synth": Subcommand(
         "qwenlong.data.commands:app", "synth", "Long-context training samples from documents."
     ),
+    "merge": Subcommand("qwenlong.merge_command:merge", "score", "Merge models of one base (SCE)."),
 }
 
 
