@@ -45,7 +45,7 @@ _PATTERNS = {
     "jsonl": ["*.jsonl"],
 }
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?")
-_SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "venv", "env", "build", "dist"}
+_SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "venv"}
 
 
 @dataclass(frozen=True)

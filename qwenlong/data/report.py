@@ -66,21 +66,26 @@ def _draw_lengths(axes: Axes, lengths: dict[str, list[int]]) -> None:
     low, high = np.log2(max(1, min(every))), np.log2(max(every) + 1)
     edges = 2.0 ** np.linspace(low - 0.05, high + 0.05, 24)
     names = sorted(lengths, key=_task_order)
-    axes.hist([lengths[n] for n in names], bins=edges, stacked=True, label=names)
+    colors = [f"C{i}" for i in range(len(names))]
+    axes.hist([lengths[n] for n in names], bins=edges, stacked=True, label=names, color=colors)
+    axes.margins(y=0.3)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, ncols=2, loc="upper center")
 
 
 def _draw_tasks(axes: Axes, subtypes: Counter[tuple[str, str]]) -> None:
-    axes.set_title("Task and subtype")
+    axes.set_title("Subtype (colour: task)")
     axes.set_xlabel("samples")
     keys = sorted(subtypes, key=lambda key: (_task_order(key[0]), key[1]), reverse=True)
-    names = [f"{task}: {subtype}" if subtype else task for task, subtype in keys]
-    bars = axes.barh(names, [subtypes[key] for key in keys], color=_BLUE)
-    axes.bar_label(bars, padding=2, fontsize=8)
-    axes.tick_params(axis="y", labelsize=8)
-    axes.margins(x=0.12)
+    tasks = sorted({task for task, _ in keys}, key=_task_order)
+    colors = [f"C{tasks.index(task)}" for task, _ in keys]  # as in the histogram of lengths
+    places = list(range(len(keys)))
+    bars = axes.barh(places, [subtypes[key] for key in keys], color=colors)
+    size = min(8.0, 200 / max(1, len(keys)))  # points: all of them fit
+    axes.bar_label(bars, padding=2, fontsize=size)
+    axes.set_yticks(places, [subtype or task for task, subtype in keys], fontsize=size)
+    axes.margins(x=0.12, y=0.02)
 
 
 def _draw_yield(axes: Axes, summary: dict[str, Any]) -> None:

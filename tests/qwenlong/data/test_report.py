@@ -1,6 +1,8 @@
 """Report and commands: what a person sees of a run."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import toy_route
@@ -11,9 +13,12 @@ from typer.testing import CliRunner
 
 from qwenlong.data.commands import app
 from qwenlong.data.export import load_samples
-from qwenlong.data.pipeline import run_pipeline
+from qwenlong.data.pipeline import STAGES, run_pipeline
 from qwenlong.data.report import draw_report, print_samples, print_summary, show_stage
+from qwenlong.data.routes import ROUTES
 from qwenlong.errors import InputError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,24 @@ def test_wrong_use_is_one_sentence(run, tmp_path):
     assert "no summary.json" in error("report", str(tmp_path))
     assert "--limit is 0" in error("run", str(recipe), "--out", str(tmp_path), "--limit", "0")
     assert "does not exist" in error("run", str(tmp_path / "no.yaml"), "--out", str(tmp_path))
+
+
+def test_the_page_says_what_is_there(run, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "synthesis.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "synth-demo").symlink_to(run[1])
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(block, "synthesis.md", "exec"), names)
+    assert names["messages"][0]["content"].startswith("Read the documents")
+    for stage in STAGES:
+        assert f"| {stage} |" in page
+    for name in names["sample"].to_json()["filters"]:
+        assert f"| `{name}` |" in page
+    for route in ROUTES:
+        assert f"`{route}`" in page
+    for path in re.findall(r"(?:recipes|scripts|docs|qwenlong|tests)/[\w./-]+\.\w+", page):
+        assert (ROOT / path).exists(), path
 
 
 def test_a_run_without_samples_is_drawn(tmp_path):
