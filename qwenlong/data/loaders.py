@@ -125,6 +125,10 @@ def _walk(root: Path, source: SourceConfig) -> Iterator[tuple[str, int, int]]:
                 continue
             if _matches(relative, source.exclude) or not os.path.isfile(path):
                 continue
+            if not path.isascii() and path.encode("utf-8", "replace").decode() != path:
+                raise InputError(
+                    f"source {source.name!r}: the name {path!r} is not UTF-8; rename the file"
+                )
             status = os.stat(path)
             yield path, status.st_size, status.st_mtime_ns
 

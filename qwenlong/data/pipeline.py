@@ -184,7 +184,8 @@ def _collect_part(job: tuple[Run, int, dict]) -> None:
             rejected.append({"title": item.title, "source": source.name, "quality": quality})
             continue
         row = {**item.to_json(), "n_tokens": n_tokens, "quality": quality}
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        # Metadata may hold what no UTF-8 can: a lone surrogate from a JSON escape.
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         rows.append(index_row(item, part, offset, len(line), n_tokens, position))
         signatures.append(sign(item.text))
         lines.append(line)
@@ -260,6 +261,7 @@ def _extract_part(job: tuple[Run, int, int, int]) -> None:
     run, part, start, stop = job
     store, contamination = open_store(run), _contamination(run)
     config = run.recipe.extract
+    client = _client(run) if config.triples else None  # here: threads would open several
 
     def facts(number: int) -> dict[str, Any]:
         row = store.row(number)
@@ -270,9 +272,8 @@ def _extract_part(job: tuple[Run, int, int, int]) -> None:
         if row["source"] in config.triples and verdict["verdict"] != "fail":
             from qwenlong.data.extract import Reader, model_triples
 
-            reader = Reader(
-                _client(run), samples=config.samples, max_tokens=run.recipe.model.max_tokens
-            )
+            max_tokens = run.recipe.model.max_tokens
+            reader = Reader(client, samples=config.samples, max_tokens=max_tokens)
             extracted = [list(t) for t in model_triples(reader, [store.document(number)])]
         return {
             "number": number,
@@ -303,13 +304,10 @@ def _extracted(run: Run, numbers: np.ndarray) -> list[Triple]:
     ]
 
 
-def _contamination(run: Run) -> Contamination | None:
-    return _cached_contamination(run.recipe_json) if run.recipe.decontaminate.sets else None
-
-
 @functools.lru_cache(maxsize=1)
-def _cached_contamination(recipe_json: str) -> Contamination:
-    return Contamination(_parse(recipe_json).decontaminate)
+def _contamination(run: Run) -> Contamination | None:
+    config = run.recipe.decontaminate
+    return Contamination(config) if config.sets else None
 
 
 # --- compose -----------------------------------------------------------------

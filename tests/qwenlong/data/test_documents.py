@@ -1,6 +1,7 @@
 """Documents: sentences, tokens, loaders of every kind, quality rules, duplicates."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -247,6 +248,15 @@ def test_lone_surrogates_and_nul_do_not_reach_a_document(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud800b\\u0000c"}\n')
     (document,) = load("jsonl", tmp_path)
     assert document.text == "a?bc"
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "größe.txt").write_text("fine")
+    assert [d.title for d in load("text", tmp_path)] == ["größe"]
+    with open(os.path.join(os.fsencode(tmp_path), b"bad\xff.txt"), "wb") as file:
+        file.write(b"text")
+    with pytest.raises(InputError, match=r"'.*bad\\udcff.txt' is not UTF-8"):
+        load("text", tmp_path)
 
 
 def test_builtin_topics_and_unknown_loaders():

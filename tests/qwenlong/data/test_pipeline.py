@@ -175,6 +175,21 @@ def test_rejected_duplicate_and_contaminated_documents_are_counted(tmp_path):
     assert "page-00007" not in used and "page-00008" in used
 
 
+def test_metadata_that_is_no_utf8(tmp_path):
+    rows = [
+        json.dumps({"text": toy_route.toy_text(n), "title": f"{n}\ud800", "meta": {"k": "\udfff"}})
+        for n in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    source = SourceConfig(name="pages", kind="jsonl", path=str(tmp_path / "rows.jsonl"))
+    recipe = toy_recipe(tmp_path, sources=[source])
+    summary = run_pipeline(recipe, tmp_path / "out")
+    assert summary["documents"]["kept"] == 60
+    assert summary["samples"]["exported"] > 30
+    titles = {d.title for s in load_samples(tmp_path / "out") for d in s.documents}
+    assert titles <= {f"{n}?" for n in range(60)}
+
+
 def test_an_empty_outcome_is_still_an_outcome(tmp_path):
     pages = toy_route.write_corpus(tmp_path / "pages", 2)  # too few for any question
     summary = run_pipeline(toy_recipe(pages), tmp_path / "out")
