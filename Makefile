@@ -1,8 +1,9 @@
 # make demo   a small real model reads a real document; prints where the picture is
 # make test   lint and tests, as CI runs them
+# make synth-demo   long-context questions with checkable answers, without a model; draws a report
 # Everything is installed into .venv. PYTHON names another Python 3.10 or later.
 
-.PHONY: demo test test-real bench-gpu lint env-demo env-test
+.PHONY: demo test test-real synth-demo bench-gpu gpu-check lint env-demo env-synth-demo env-test
 PY := .venv/bin/python
 
 demo: env-demo
@@ -23,12 +24,23 @@ lint: env-test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+synth-demo: env-synth-demo
+	.venv/bin/qwenlong synth run recipes/synth-demo.yaml --out synth-demo
+	.venv/bin/qwenlong synth report synth-demo
+
 # On a machine with an NVIDIA GPU: writes bench/results/, from which plots and tables are made.
 bench-gpu: env-test
 	$(PY) -m bench all --device cuda
+
+# The same with the GPU tests and compute-sanitizer before it; logs in gpu-check/.
+gpu-check: env-test
+	PYTHON=$(PY) scripts/gpu_check.sh
 
 env-demo:
 	@PYTHON="$(PYTHON)" scripts/setup_env.sh demo
 
 env-test:
 	@PYTHON="$(PYTHON)" scripts/setup_env.sh test
+
+env-synth-demo:
+	@PYTHON="$(PYTHON)" scripts/setup_env.sh synth-demo

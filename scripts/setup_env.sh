@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Usage: scripts/setup_env.sh EXTRA
-# Makes .venv with this package, editable, and the dependencies of EXTRA (demo or test).
+# Makes .venv with this package, editable, and the dependencies of EXTRA (demo, synth-demo or test).
 #
 # torch goes first, and its exact version is a constraint for everything after it: otherwise a
 # dependency on torch replaces the CPU build by the CUDA build. A run that finds nothing to do takes
@@ -23,7 +23,7 @@ has_gpu() { nvidia-smi -L >/dev/null 2>&1; }
 key=$({ cat pyproject.toml setup.py scripts/setup_env.sh
         find csrc -type f | LC_ALL=C sort | xargs cat; } | cksum)
 
-is_installed() {  # the extra `test` contains `demo`
+is_installed() {  # the extra `test` contains the others
     local stamp
     for stamp in "$venv/.installed-$1" "$venv/.installed-test"; do
         [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ] && return 0

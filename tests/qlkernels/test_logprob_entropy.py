@@ -135,7 +135,7 @@ def test_logits_of_minus_infinity_have_probability_zero(impl):
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_a_nearly_certain_target(impl):
-    """1 - p is 7e-6 and 1.3e-7: a few units in the last place of 1 are all that fp32 sums can give."""
+    """1 - p is 7e-6 and 1.3e-7: a few units in the last place of 1 are all that fp32 has."""
     logits = torch.zeros(2, 64, requires_grad=True)
     with torch.no_grad():
         logits[0, 1], logits[1, 2] = 16.0, 20.0
