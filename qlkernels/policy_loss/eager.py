@@ -51,11 +51,12 @@ def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
     n_tokens = _sequence_sum(mask, cu_seqlens)  # [B]
     is_sequence, is_cispo = options.loss_type == "gspo", options.loss_type == "cispo"
 
-    log_ratio = zero if rows["old_logprobs"] is None else logprobs - read("old_logprobs")
+    old = logprobs if rows["old_logprobs"] is None else read("old_logprobs")
+    log_ratio = logprobs - old
     if is_sequence:
         per_sequence = _sequence_sum(log_ratio, cu_seqlens) / n_tokens.clamp_min(1)
         log_ratio = _spread(per_sequence.to(dtype), seq_ids)
-    follows = log_ratio.abs() <= LOG_RATIO_LIMIT
+    follows = ~(log_ratio.abs() > LOG_RATIO_LIMIT)  # NaN goes through
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
     low, high = 1.0 - options.eps_low, 1.0 + options.eps_high
@@ -69,10 +70,11 @@ def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
         r = torch.where(A > 0, torch.minimum(capped, clipped), torch.maximum(capped, clipped))
         r = torch.where(A < 0, r.clamp(max=options.dual_clip), r)
         loss = -A * r
-        # r is the ratio itself or a bound: equality says which, and a bound has no gradient
-        dratio = torch.where((r == ratio) & follows, loss, 0.0)
+        # r is the ratio itself or a bound: comparing says which, and a bound has no gradient
+        stopped = (r < ratio) | (r > ratio)
+        dratio = torch.where(follows & ~stopped, loss, 0.0)
         clip_low, clip_high = clip_low & (A < 0), clip_high & (A > 0)
-        clip_cap = (A != 0) & (r != ratio) & ~clip_low & ~clip_high
+        clip_cap = (A != 0) & stopped & ~clip_low & ~clip_high
     if rows["rollout_is_weights"] is not None:
         loss, dratio = loss * read("rollout_is_weights"), dratio * read("rollout_is_weights")
     loss, dratio = torch.where(kept, loss, 0.0), torch.where(kept, dratio, 0.0)
@@ -85,7 +87,7 @@ def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
         elif options.kl_estimator == "k2":
             kl, dkl = 0.5 * d * d, -d
         else:
-            moves = d.abs() <= LOG_RATIO_LIMIT
+            moves = ~(d.abs() > LOG_RATIO_LIMIT)
             d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             kl, dkl = d.expm1() - d, torch.where(moves, -d.expm1(), 0.0)
         if options.kl_importance:

@@ -62,13 +62,19 @@ def aggregation_weights(
     return torch.where(counted, per_sequence[seq_ids], 0.0)
 
 
+def _cut(x: torch.Tensor) -> torch.Tensor:
+    """x within the limit: gradient 1 there, 0 beyond, NaN at NaN (clamp would give 0)."""
+    x = torch.where(x > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, x)
+    return torch.where(x < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, x)
+
+
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
     """KL(policy || reference) estimated from a sampled token, nats (J. Schulman's k1, k2, k3)."""
     if estimator == "k1":
         return logprobs - ref_logprobs
     if estimator == "k2":
         return 0.5 * (logprobs - ref_logprobs) ** 2
-    d = (ref_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    d = _cut(ref_logprobs - logprobs)
     return torch.expm1(d) - d
 
 
@@ -141,8 +147,7 @@ def evaluate(
     log_ratio = logprobs - old
     if loss_type == "gspo":
         log_ratio = (seq_sum(log_ratio) / n_tokens.clamp_min(1)).to(dtype)[seq_ids]
-    # the gradient of clamp is 1 inside and on the limits, 0 beyond
-    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    ratio = _cut(log_ratio).exp()
     low, high = 1.0 - eps_low, 1.0 + eps_high
 
     # --- policy term
@@ -157,10 +162,11 @@ def evaluate(
         if dual_clip is not None:
             r = torch.where(A < 0, r.clamp(max=dual_clip), r)
         # where a bound was chosen the ratio is a constant; where it was not, r is the ratio itself
-        r = torch.where(r == ratio, ratio, r.detach())
+        stopped = (r < ratio) | (r > ratio)
+        r = torch.where(stopped, r.detach(), ratio)
         pg = -A * r
         clip_low, clip_high = (A < 0) & (ratio < low), (A > 0) & (ratio > high)
-        clip_cap = (A != 0) & (r != ratio) & ~clip_low & ~clip_high
+        clip_cap = (A != 0) & stopped & ~clip_low & ~clip_high
     if rollout_is_weights is not None:
         pg = pg * rollout_is_weights
     token_loss = torch.where(kept, pg, 0.0)

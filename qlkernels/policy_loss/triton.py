@@ -60,6 +60,12 @@ def _locate(tile, cu_ptr, T, B, BLOCK: tl.constexpr, SEARCH: tl.constexpr):
 
 
 @triton.jit
+def _cut(x):
+    """x between -LIMIT and LIMIT; NaN stays NaN, which minimum and maximum would hide."""
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
+
+
+@triton.jit
 def _first_tile(i, cu_ptr, BLOCK: tl.constexpr):
     return tl.load(cu_ptr + i).to(tl.int64) // BLOCK + i
 
@@ -253,21 +259,23 @@ def _loss_kernel(
     kl_coef = tl.cast(kl_coef, tl.float32)
     entropy_coef = tl.cast(entropy_coef, tl.float32)
 
-    log_ratio = tl.zeros([BLOCK], tl.float32)
+    log_ratio = logprobs - logprobs  # 0, and NaN where the log-prob is: min and max would hide it
     if old_ptr is not None:
         if IS_SEQUENCE:
             n = _row_sum(log_ratio_ptr, first, last, CHUNK)
-            log_ratio += _row_sum(log_ratio_ptr + n_tiles, first, last, CHUNK) / tl.maximum(n, 1.0)
+            mean = _row_sum(log_ratio_ptr + n_tiles, first, last, CHUNK) / tl.maximum(n, 1.0)
+            log_ratio = tl.zeros([BLOCK], tl.float32) + mean
         else:
             log_ratio = logprobs - tl.load(old_ptr + offs_t, mask=mask_t, other=0.0)
-    follows = tl.abs(log_ratio) <= LIMIT
-    ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -LIMIT), LIMIT))
+    follows = ~(tl.abs(log_ratio) > LIMIT)
+    ratio = tl.exp(_cut(log_ratio))
 
     clip_low = ratio < low
     clip_high = ratio > high
     clip_cap = ratio < 0.0  # never: CISPO has no cap
     if IS_CISPO:
-        weighted = tl.minimum(tl.maximum(ratio, low), high) * A
+        clipped = tl.minimum(tl.maximum(ratio, low), high)
+        weighted = tl.where(ratio == ratio, clipped, ratio) * A
         pg = -weighted * logprobs
         dpg = -weighted
     else:
@@ -275,12 +283,14 @@ def _loss_kernel(
         clipped = tl.minimum(tl.maximum(ratio, low), high)
         r = tl.where(A > 0, tl.minimum(capped, clipped), tl.maximum(capped, clipped))
         r = tl.where(A < 0, tl.minimum(r, dual_clip), r)
+        r = tl.where(ratio == ratio, r, ratio)
         pg = -A * r
-        # r is the ratio itself or a bound: equality says which, and a bound has no gradient
-        dpg = tl.where((r == ratio) & follows, -A * ratio, 0.0)
+        # r is the ratio itself or a bound: comparing says which, and a bound has no gradient
+        stopped = (r < ratio) | (r > ratio)
+        dpg = tl.where(follows & ~stopped, -A * ratio, 0.0)
         clip_low = clip_low & (A < 0)
         clip_high = clip_high & (A > 0)
-        clip_cap = mask_t & (A != 0) & (r != ratio) & ~clip_low & ~clip_high
+        clip_cap = mask_t & (A != 0) & stopped & ~clip_low & ~clip_high
     if rollout_ptr is not None:
         rollout = tl.load(rollout_ptr + offs_t, mask=mask_t, other=0.0)
         pg = pg * rollout
@@ -299,10 +309,9 @@ def _loss_kernel(
             kl = 0.5 * d * d
             dkl = -d
         else:
-            moves = tl.abs(d) <= LIMIT
-            d = tl.minimum(tl.maximum(d, -LIMIT), LIMIT)
-            # e^d - 1 - d cancels near 0: a series to d^7 there, whose error is below 1e-7 of the
-            # sum
+            moves = ~(tl.abs(d) > LIMIT)
+            d = _cut(d)
+            # e^d - 1 - d cancels near 0: a series to d^7 there, within 2e-8 of the sum
             series = 1.0 + d / 5.0 * (1.0 + d / 6.0 * (1.0 + d / 7.0))
             series = 1.0 + d / 3.0 * (1.0 + d / 4.0 * series)
             kl = tl.where(tl.abs(d) < 0.25, 0.5 * d * d * series, tl.exp(d) - 1.0 - d)

@@ -469,6 +469,23 @@ def test_masked_rows_may_hold_nan_and_receive_zero(impl):
         assert torch.equal(x, found[name]), name
 
 
+NAN_CASES = ["on_policy", "grpo", "gspo", "cispo", "dual_clip", "k3_keep"]
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("case", NAN_CASES)
+def test_nan_that_counts_is_not_hidden(impl, case, device="cpu"):
+    arguments = make("short", seed=14, device=device, **CASES[case])
+    row = int(arguments["response_mask"].nonzero()[1])
+    arguments["logprobs"][row] = NAN
+    if "keep_mask" in arguments:
+        arguments["keep_mask"][row] = True
+    found = run(arguments, impl)
+    assert found["loss"].isnan() and found["dlogprobs"][row].isnan()
+    if case != "gspo":  # where it spoils its whole sequence
+        assert found["dlogprobs"].isnan().sum() == 1
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_past_the_last_sequence_are_padding(impl):
     arguments = make("tail", seed=7)
@@ -713,6 +730,12 @@ def test_gpu_matches_reference(impl, case):
     assert not is_interpreting()
     lengths = [0, 1, 1023, 5000, 120_001, 1025]
     check(make(lengths, device="cuda", **CASES[case]), impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", NAN_CASES)
+def test_gpu_does_not_hide_nan(case):
+    test_nan_that_counts_is_not_hidden("triton", case, device="cuda")
 
 
 @pytest.mark.gpu
