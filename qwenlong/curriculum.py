@@ -83,6 +83,6 @@ def retrospective_sample(
     # orders samples as successive weighted draws without replacement do.
     arrivals = []
     for index, (sample, reward) in enumerate(zip(samples, rewards, strict=True)):
-        wait = -math.log(draw_key(seed, sample.id))
+        wait = -math.log(draw_key("retrospective", seed, sample.id))
         arrivals.append((wait / difficulty(reward), wait, index))
     return [samples[index] for index in sorted(index for *_, index in sorted(arrivals)[:n])]

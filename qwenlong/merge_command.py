@@ -13,7 +13,7 @@ import fcntl
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -143,8 +143,8 @@ def merge_checkpoints(
             report = _report(job, base, experts, plan, stats)
             write_json(partial / "merge.json", report)
             with atomic_write(partial / "merge.png", "wb") as file:
-                names = [expert.folder.name for expert in experts]
-                draw_weights(file, stats, names, f"SCE weights, base {base.folder.name}")
+                title = f"SCE weights over {base.folder.resolve().name}"
+                draw_weights(file, stats, _labels(settings.experts), title)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
@@ -157,6 +157,12 @@ def merge_checkpoints(
 
 def _total(base: Checkpoint) -> int:
     return sum(entry.nbytes for entry in base.entries.values())
+
+
+def _labels(experts: Sequence[str]) -> list[str]:
+    """Short names of the experts, the whole paths where two folders have one name."""
+    names = [Path(expert).resolve().name for expert in experts]
+    return names if len(set(names)) == len(names) else list(experts)
 
 
 def _gb(count: int) -> str:
@@ -176,6 +182,11 @@ def _partial_folder(out: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another process is writing {out}.") from None
+        except OSError as error:
+            raise InputError(
+                f"{out.parent} has no file locks ({error.strerror}); "
+                "choose an --out on another file system."
+            ) from error
         try:
             yield partial
             for name in ("lock", "journal.jsonl"):
@@ -281,7 +292,8 @@ def _merge_tensor(
     slices = DeltaSlices(
         lambda start, stop: [model.read(name, start, stop) for model in models],
         total,
-        settings.memory_bytes // (dtype.itemsize * len(models)),
+        # Half of it: the next window is read while the arithmetic holds the last.
+        settings.memory_bytes // (2 * dtype.itemsize * len(models)),
     )
     try:
         return merge_slices(
@@ -336,11 +348,10 @@ def _report(
 
 def _print_summary(console: Console, report: dict, out: Path) -> None:
     summary, parameters = report["summary"], report["parameters"]
+    labels = _labels(report["settings"]["experts"])
     shares = ", ".join(
-        f"{Path(expert).name} {weight:.3f}"
-        for expert, weight in zip(
-            report["settings"]["experts"], summary["mean_weights"], strict=True
-        )
+        f"{label} {weight:.3f}"
+        for label, weight in zip(labels, summary["mean_weights"], strict=True)
     )
     rows = {
         "parameters": f"{parameters:,} in {summary['tensors']:,} tensors",
@@ -383,7 +394,7 @@ def merge(
     variant: Annotated[
         str, typer.Option(help=f"{' or '.join(VARIANTS)}; they differ if --select-topk is below 1.")
     ] = "authors",
-    max_shard_gb: Annotated[float, typer.Option(help="Largest file, in 1e9 bytes.")] = 5.0,
+    max_shard_gb: Annotated[float, typer.Option(help="Size of one file, 1e9 bytes.")] = 5.0,
     memory_gb: Annotated[
         float, typer.Option(help="For one tensor of all models, 1e9 bytes; larger ones in parts.")
     ] = 8.0,

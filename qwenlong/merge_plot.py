@@ -63,12 +63,17 @@ def draw_weights(
         axes.grid(axis="y", alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     if order:
-        figure.axes[0].legend(loc="upper right", ncols=4, fontsize=8, frameon=False)
+        lines, _ = figure.axes[0].get_legend_handles_labels()
+        legend = figure.legend(
+            lines, experts, loc="outside lower left", ncols=4, fontsize=8, frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a folder's name may hold a $
     else:
         figure.axes[0].axis("off")
     still = sum(stats.uniform for stats in tensors.values())
     more = f"; {still:,} tensors without a difference are not drawn" if still else ""
-    figure.suptitle(title + more, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(title + more, fontsize=11, x=0.01, ha="left", parse_math=False)
     figure.savefig(file, format="png")
 
 

@@ -200,9 +200,11 @@ class Stratified(NamedTuple):
     available: list[int]  # [bins]
 
 
-def draw_key(seed: int, sample_id: str) -> float:
-    """Uniform in (0, 1), a function of both: a draw by it ignores the order of the samples."""
-    digest = hashlib.sha256(f"{seed}/{sample_id}".encode()).digest()
+def draw_key(purpose: str, seed: int, sample_id: str) -> float:
+    """Uniform in (0, 1), a function of all three: a draw by it ignores the order of the samples,
+    and draws for different purposes are independent at the same seed.
+    """
+    digest = hashlib.sha256(f"{purpose}/{seed}/{sample_id}".encode()).digest()
     return (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
 
 
@@ -236,7 +238,8 @@ def stratified_by_pass_rate(
         ids.add(sample.id)
         # 0.29 is 29/100 here; in floats 0.29 * 100 is below 29 and falls into the bin before
         rate = Fraction(sample.difficulty.pass_rate).limit_denominator(10**6)
-        strata[min(bins - 1, int(rate * bins))].append((draw_key(seed, sample.id), index))
+        key = draw_key("stratify", seed, sample.id)
+        strata[min(bins - 1, int(rate * bins))].append((key, index))
     chosen = [index for stratum in strata for _, index in sorted(stratum)[:per_bin]]
     return Stratified(
         samples=[samples[i] for i in sorted(chosen)],

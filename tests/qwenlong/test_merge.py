@@ -14,10 +14,10 @@ import qwenlong.merge_command as command
 from qlkernels.testing import assert_as_accurate
 from qwenlong import cli
 from qwenlong.errors import InputError
-from qwenlong.merge import ROW, VARIANTS, DeltaSlices, merge_slices, sce_merge
+from qwenlong.merge import ROW, VARIANTS, DeltaSlices, TensorStats, merge_slices, sce_merge
 from qwenlong.merge_command import MergeSettings, merge_checkpoints
 from qwenlong.merge_files import INDEX, open_checkpoint, plan_shards
-from qwenlong.merge_plot import OUTSIDE, place
+from qwenlong.merge_plot import OUTSIDE, draw_weights, place
 
 ROOT = Path(__file__).parents[2]
 
@@ -394,7 +394,7 @@ print(run("large", 1 << 23) - small)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) < 20e6  # 68e6 where the tensor is read whole
+    assert int(done.stdout) < 32e6  # 68e6 where the tensor is read whole
 
 
 # --- refusals ----------------------------------------------------------------
@@ -456,13 +456,19 @@ def test_damaged_folders_are_named(toys, tmp_path):
     refuse(tmp_path, toys, "tensors that its shards lack", experts=experts)
     shard.unlink()
     refuse(tmp_path, toys, "lacks part-1.safetensors, which its index names", experts=experts)
-    (parts / INDEX).write_text("{}")
-    refuse(tmp_path, toys, "not an index", experts=experts)
+    for text in ("{}", "[]", '{"weight_map": []}', "{"):
+        (parts / INDEX).write_text(text)
+        refuse(tmp_path, toys, "not an index", experts=experts)
     (parts / INDEX).unlink()
     refuse(tmp_path, toys, "neither model.safetensors nor", experts=experts)
     (parts / "adapter_model.safetensors").write_bytes(b"")
     refuse(tmp_path, toys, "adapter; merge that into its base", experts=experts)
     refuse(tmp_path, toys, "nowhere is not a folder", base="nowhere")
+    shutil.copy(Path(toys[2]) / "model.safetensors", parts)
+    (parts / "config.json").write_text("[1]")
+    refuse(tmp_path, toys, "config.json is not a JSON object", experts=experts)
+    (parts / "config.json").unlink()
+    refuse(tmp_path, toys, "no config.json", experts=experts)
 
 
 def test_options_are_checked(toys):
@@ -546,7 +552,7 @@ def test_a_failed_merge_leaves_nothing(error, expected, toys, tmp_path):
 def test_too_little_room_is_said_before_anything_is_written(toys, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=64_050_000)
     monkeypatch.setattr(command.shutil, "disk_usage", lambda path: usage)
-    refuse(tmp_path, toys, r"0\.0641 GB free; 0\.0641 GB are needed|free; .* are needed")
+    refuse(tmp_path, toys, r"has 0\.064 GB free; 0\.064\d* GB are needed")
 
 
 def test_two_merges_into_one_folder(toys, tmp_path, no_picture):
@@ -558,6 +564,15 @@ def test_two_merges_into_one_folder(toys, tmp_path, no_picture):
             merge_checkpoints(settings(toys), tmp_path / "out")
         assert partial.exists()
     merge_checkpoints(settings(toys), tmp_path / "out")
+
+
+def test_a_file_system_without_locks(toys, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(command.fcntl, "flock", flock)
+    with pytest.raises(InputError, match="no file locks"):
+        merge_checkpoints(settings(toys), tmp_path / "out")
 
 
 # --- picture and command -----------------------------------------------------
@@ -574,6 +589,20 @@ def test_two_merges_into_one_folder(toys, tmp_path, no_picture):
 ])  # fmt: skip
 def test_where_a_tensor_is_drawn(name, want):
     assert place(name) == want
+
+
+def test_experts_are_told_apart(tmp_path):
+    assert command._labels(["x/a", "x/b/"]) == ["a", "b"]
+    assert command._labels(["x/actor", "y/actor"]) == ["x/actor", "y/actor"]
+
+
+def test_a_picture_of_anything(toys, tmp_path):
+    same = TensorStats([0.5, 0.5], [0.0, 0.0], True, 1, 0, 1)
+    moved = TensorStats([0.9, 0.1], [0.3, 0.1], False, 1, 0, 0)
+    for tensors in ({}, {"a": same}, {"a": moved, "layers.3.mlp.x": moved, "layers.3.z": same}):
+        with open(tmp_path / "x.png", "wb") as file:
+            draw_weights(file, tensors, ["$a$", "b_1"], "of $x_$ and more")
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_on_mixtures_of_experts(tmp_path):
