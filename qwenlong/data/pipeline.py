@@ -30,7 +30,7 @@ from qwenlong.data.graph_sources import Triple
 from qwenlong.data.loaders import LoadFailure, list_units, load_unit
 from qwenlong.data.quality import quality_verdicts
 from qwenlong.data.recipe import Recipe, recipe_from_json
-from qwenlong.data.routes import ModelAsker, open_client, route_code, route_samples
+from qwenlong.data.routes import ModelAsker, open_client, route_code, route_samples, usage
 from qwenlong.data.store import (
     INDEX_DTYPE,
     DocumentStore,
@@ -112,7 +112,8 @@ def run_pipeline(
             return _export(dataclasses.replace(run, key=key), plan.stages, watch)
         finally:
             _close_clients()
-            _write_usage(run)
+            if recipe.model is not None:
+                write_json(out / "usage.json", usage(recipe.model, out / "calls"))
 
 
 @dataclass
@@ -557,34 +558,6 @@ def _export(run: Run, stages: dict[str, Stage], watch: Watch) -> dict[str, Any]:
     _, texts = _corpus(run)
     with watch("export", None):
         return export(out, run.key, run.recipe, stages, texts.resolve)
-
-
-def _write_usage(run: Run) -> None:
-    """What all answers in the call cache cost, over all runs in this folder."""
-    model = run.recipe.model
-    if model is None:
-        return
-    calls = [
-        row["value"]
-        for path in sorted((Path(run.out) / "calls").glob("calls-*.jsonl"))
-        for row in read_jsonl(path)
-    ]
-    prompt = sum(value.get("prompt_tokens", 0) for value in calls)
-    completion = sum(value.get("completion_tokens", 0) for value in calls)
-    cost = (
-        prompt * model.usd_per_million_prompt_tokens
-        + completion * model.usd_per_million_completion_tokens
-    ) / 1e6
-    write_json(
-        Path(run.out) / "usage.json",
-        {
-            "model": model.model or model.scripted,
-            "answers": len(calls),
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "cost_usd": round(cost, 6),
-        },
-    )
 
 
 _KEYS: dict[str, Callable[[Run], list[Any]]] = {

@@ -22,6 +22,7 @@ from qwenlong.data.recipe import ModelConfig, RouteConfig
 from qwenlong.errors import InputError
 from qwenlong.prompts import Message
 from qwenlong.rewards import reward_names
+from qwenlong.storage import read_jsonl
 from qwenlong.types import Sample
 
 if TYPE_CHECKING:
@@ -106,6 +107,26 @@ def open_client(config: ModelConfig, cache: Path, *, share: int = 1) -> Client:
 
     api_key = os.environ.get(config.api_key_env)
     return ChatClient(config.base_url, model=config.model, api_key=api_key, **options)
+
+
+def usage(config: ModelConfig, cache: Path) -> dict[str, Any]:
+    """What all answers in ``cache`` cost, over all runs that wrote there."""
+    calls = [
+        row["value"] for path in sorted(cache.glob("calls-*.jsonl")) for row in read_jsonl(path)
+    ]
+    prompt = sum(value.get("prompt_tokens", 0) for value in calls)
+    completion = sum(value.get("completion_tokens", 0) for value in calls)
+    cost = (
+        prompt * config.usd_per_million_prompt_tokens
+        + completion * config.usd_per_million_completion_tokens
+    ) / 1e6
+    return {
+        "model": config.model or config.scripted,
+        "answers": len(calls),
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "cost_usd": round(cost, 6),
+    }
 
 
 class ModelAsker:
