@@ -28,7 +28,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     limit: Annotated[int | None, typer.Option(help="Compose at most this many samples.")] = None,
     seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes; 0 is one per core.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes; 0: one a core, at most 16.")] = 0,
 ) -> None:
     """Make a dataset. Killed at any moment, the same command continues."""
     from qwenlong.data.pipeline import run_pipeline
@@ -45,7 +45,7 @@ def run(
         loaded = loaded.with_limit(limit)
     console = Console(stderr=True)
     started = time.monotonic()
-    workers = workers or os.cpu_count() or 1
+    workers = workers or min(16, len(os.sched_getaffinity(0)))
     try:
         with _watch(console) as watch:
             summary = run_pipeline(loaded, out, workers=workers, watch=watch)
