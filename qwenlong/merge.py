@@ -111,14 +111,16 @@ class Threshold(NamedTuple):
 
 
 def _variance(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-    # Plain elementwise sums: a reduction over the experts may round differently at a block's end.
-    mean = deltas[0].clone()
-    for delta in deltas[1:]:
-        mean += delta
+    # Shifted by the first, so that equal deltas have a variance of exactly 0. Plain elementwise
+    # sums: a reduction over the experts may round differently at a block's end.
+    shifted = [delta - deltas[0] for delta in deltas[1:]]
+    mean = shifted[0].clone()
+    for x in shifted[1:]:
+        mean += x
     mean /= len(deltas)
-    total = (deltas[0] - mean).square_()
-    for delta in deltas[1:]:
-        total += (delta - mean).square_()
+    total = mean.square()
+    for x in shifted:
+        total += (x - mean).square_()
     return total / len(deltas)
 
 

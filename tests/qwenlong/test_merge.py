@@ -155,6 +155,17 @@ def test_small_differences_are_weighed_too():
     torch.testing.assert_close(merged, base + 2.8e-10)
 
 
+def test_what_every_expert_moved_alike_has_no_variance():
+    # the mean of three equal fp32 numbers, as sum / 3, is not always that number
+    _, experts = models(1000, n=1)
+    base = torch.zeros(1000)
+    moved = [experts[0].clone() for _ in range(3)]
+    for j, expert in enumerate(moved):
+        expert[:10] += j
+    merged, stats = sce_merge(base, moved, select_topk=0.5, variant="mergekit")
+    assert stats.selected == 5 and not merged[10:].any()
+
+
 def test_uniform_weights_only_where_nothing_differs():
     base = torch.tensor([1.0, -0.0, torch.inf, -torch.inf])
     merged, stats = sce_merge(base, [base.clone(), base.clone()])
