@@ -44,7 +44,7 @@ from qwenlong.data.workspace import Stage, Workers, exclusive, key_of
 from qwenlong.storage import atomic_write, read_jsonl, write_json, write_jsonl
 from qwenlong.types import Sample
 
-FORMAT = 1  # raise it when a stage writes something else for the same recipe
+FORMAT = 2  # raise it when a stage writes something else for the same recipe
 STAGES = ("collect", "extract", "compose", "extend", "verify", "decontaminate")
 SAMPLES_PER_JOB = 16
 SPLITS = ("train", "eval")

@@ -1,6 +1,7 @@
 """Filters of samples. Rules run always; a filter that needs a model is ``not_run`` without one.
 
 - ``evidence``: every span lies in its document and holds text; every evidence document has a span.
+- ``choices``: two options say the same but for quotes and punctuation, or the answer names none.
 - ``answer_leak``: the answer stands in the question, the instructions or the title of the only
   evidence document.
 - ``distractor_leak``: a distractor states the answer.
@@ -63,6 +64,7 @@ def verify_sample(
     normalised = normalised or (lambda ref: normalise(resolve(ref)))
     filters: dict[str, dict[str, Any]] = {
         "evidence": check_evidence(sample, resolve),
+        "choices": check_choices(sample),
         "answer_leak": check_answer_leak(sample),
         "distractor_leak": check_distractors(sample, normalised),
         "split": check_split(sample, split_of),
@@ -106,6 +108,17 @@ def check_evidence(sample: Sample, resolve: Callable[[str], str]) -> dict[str, A
         spans.add(span.doc)
     missing = sorted(set(texts) - spans)
     return verdict(not missing, **({"reason": f"no span in {missing[0]}"} if missing else {}))
+
+
+def check_choices(sample: Sample) -> dict[str, Any]:
+    options = [normalise(choice).strip(" \"'`“”().,;:") for choice in sample.choices or ()]
+    if len(set(options)) < len(options):
+        return verdict(False, reason="two options say the same")
+    if sample.answer_type == "choice":
+        letters = {chr(ord("A") + i) for i in range(len(options))}
+        if not set(sample.answers) <= letters | set(sample.choices):
+            return verdict(False, reason="the answer is no option")
+    return verdict(True)
 
 
 def check_answer_leak(sample: Sample) -> dict[str, Any]:

@@ -386,6 +386,22 @@ def test_evidence_must_lie_in_evidence_documents():
 
 
 @pytest.mark.parametrize(
+    "choices, answer, verdict",
+    [
+        (["1", "2", "-1"], "A", "pass"),
+        (["C", "C++", "C#"], "C", "pass"),
+        (["0", '"0"', "1"], "A", "fail"),
+        (["a fox", "An owl", "A fox."], "B", "fail"),
+        (["1", "2"], "C", "fail"),
+        (["1", "2"], "2", "pass"),
+    ],
+)
+def test_choices_must_differ(choices, answer, verdict):
+    sample = make("Which one?", answer, answer_type="choice", choices=choices)
+    assert verified([sample])[0].filters["choices"].verdict == verdict
+
+
+@pytest.mark.parametrize(
     "tokens, verdict", [(3276, "fail"), (3277, "pass"), (4096, "pass"), (4097, "fail")]
 )
 def test_length(tokens, verdict):
