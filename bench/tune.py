@@ -61,7 +61,8 @@ def configured(table: object, key: object, value: object) -> Iterator[None]:
 def _path() -> str:
     if is_interpreting():
         return "interpreter"
-    return "tma" if compute_capability() >= 90 else "pointer"
+    capability = compute_capability()
+    return "pointer" if capability < 90 else "tma-sm90" if capability < 100 else "tma-sm100"
 
 
 def target(name: str, tokens: int, hidden: int, vocab: int, device: str, dtype: torch.dtype):

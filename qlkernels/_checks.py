@@ -136,6 +136,8 @@ def check_targets(op: str, target_ids: torch.Tensor, row_mask: torch.Tensor | No
 
 def check_unsharded(op: str, name: str, weight: torch.Tensor) -> None:
     """Refuse a weight of which this rank holds a part, with what to do about it."""
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(weight).__name__}")
     if hasattr(weight, "full_tensor"):
         raise ValueError(
             f"{op}: {name} is a DTensor; pass {name}.full_tensor(grad_placements=[Partial('avg')]) "

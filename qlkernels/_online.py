@@ -26,7 +26,8 @@ def shifted(z, m, inv_tau):
     """(z - m) / tau; a logit of -inf becomes a large finite negative, so that d e^d is 0 and NaN
     stays NaN.
     """
-    return tl.where(z == -float("inf"), -1.0e4, (z - m) * inv_tau)
+    d = (z - m) * inv_tau
+    return tl.where(d == -float("inf"), -1.0e4, d)
 
 
 @triton.jit

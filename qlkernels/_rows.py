@@ -73,7 +73,7 @@ def row_gradient(
     y = target_ids[:, None]
     z_y = z.gather(1, y)
     # log p_i = (z_i - z_y) / tau + logprob; a target of probability 0 cannot be the anchor
-    reachable = z_y > -torch.inf
+    reachable = (z_y > -torch.inf) & (column(logprobs, z) > -torch.inf)
     anchor_z = torch.where(reachable, z_y, 0.0)
     anchor_l = torch.where(reachable, column(logprobs, z), -column(lse, z))
     logp = (z - anchor_z).div_(tau).add_(anchor_l)

@@ -16,8 +16,8 @@ that the clip takes out of a chunk skip the gradient GEMMs. A row whose S leaves
 where the offset was wrong by 69 nats, is computed again in two passes.
 
 Two passes, (2 + 6f) T H V with a fraction f of live rows: a sequence-level ratio with old
-log-probs, whose derivative needs the whole sequence; and on the GPU an entropy bonus, a soft-cap
-and fp16, whose range E leaves.
+log-probs, whose derivative needs the whole sequence; fp16, whose gradients vanish before the loss
+scale of the backward reaches them; and on the GPU an entropy bonus and a soft-cap.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._online import swizzled_tile
 from qlkernels._scores import TokenScores
-from qlkernels._target import is_interpreting, why_not_triton
+from qlkernels._target import is_capturing, is_interpreting, why_not_triton
 from qlkernels._triton import tl, triton
-from qlkernels.linear_logprob import autocast_operands, linear_logprob_ref
+from qlkernels.linear_logprob import autocast_operands, linear_logprob, linear_logprob_ref
 from qlkernels.linear_logprob.kernels import (
     FOLD_CONFIG,
     TARGET_CONFIG,
@@ -45,6 +45,7 @@ from qlkernels.linear_logprob.kernels import (
 )
 from qlkernels.linear_logprob.passes import (
     CPU_WORKSPACE_BYTES,
+    GPU_WORKSPACE_BYTES,
     Options,
     add_matmul,
     backward,
@@ -61,6 +62,7 @@ from qlkernels.policy_loss import (
 
 OP = "linear_policy_loss"
 _CHUNK_TOKENS = 8192  # rows whose E is stored at a time on the GPU: 2.5 GB of bf16 at V = 151936
+_COPIED_ROWS = 1 << 16  # scored rows that are gathered at a time
 _S_LIMIT = 2.0**100
 
 
@@ -151,10 +153,10 @@ def aot_variants():
     )  # fmt: skip
     aligned = ("stride_xt", "stride_wv", "stride_et", "V", "H", "x", "w", "exp_ptr")
     found = []
-    for path, capabilities in (("pointer", [80]), ("tma", [90, 100])):
+    for path, capabilities in (("pointer", [80]), ("tma-sm90", [90]), ("tma-sm100", [100])):
         block_t, block_v, block_h, group_t, warps, stages = _EXP_CONFIG[path, 2]
         constexprs = dict(
-            HAS_BIAS=False, HAS_TEMPERATURE=True, EVEN_V=True, USE_TMA=path == "tma",
+            HAS_BIAS=False, HAS_TEMPERATURE=True, EVEN_V=True, USE_TMA=path != "pointer",
             UPCAST=False, PRECISION="tf32", BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_H=block_h,
             GROUP_T=group_t, NUM_PROGRAMS=132,
         )  # fmt: skip
@@ -167,7 +169,7 @@ def aot_variants():
     return found
 
 
-_EXP_CONFIG = FOLD_CONFIG | {("tma", 2): (256, 128, 64, 8, 8, 3)}
+_EXP_CONFIG = FOLD_CONFIG | {("tma-sm90", 2): (256, 128, 64, 8, 8, 3)}
 
 # --- one call ----------------------------------------------------------------
 
@@ -190,11 +192,7 @@ class _Call:
         needs_sequence = self.policy.loss_type == "gspo" and not self.known_before
         if self.options.impl != "triton" or needs_sequence:
             return not needs_sequence
-        return (
-            self.policy.entropy_coef == 0.0
-            and self.options.softcap is None
-            and self.x.dtype != torch.float16
-        )
+        return self.policy.entropy_coef == 0.0 and self.options.softcap is None
 
     def derivative(self, logprobs, entropy, index=None):
         """dL/dlogprobs and dL/dentropy (or None) of the rows ``index``, or of all of them."""
@@ -210,7 +208,7 @@ class _Call:
             logprobs, *pick.values(), entropy, weights, cu_seqlens, None, *packed, impl
         )
         dlogprobs, dentropy = torch.ops.qlkernels.policy_loss_bwd(
-            torch.ones((), device=device), coef, g, pick["response_mask"], pick["keep_mask"],
+            torch.ones_like(coef[0]), coef, g, pick["response_mask"], pick["keep_mask"],
             weights, cu_seqlens, *packed, has_bonus, impl,
         )  # fmt: skip
         return dlogprobs, dentropy if has_bonus else None
@@ -231,15 +229,17 @@ class _Call:
 
 
 def _run(call: _Call, needs) -> tuple:
-    """(dx, dw, db, logprobs, entropy, lse): gradients fp32 or None, scores of every row."""
+    """(dx, dw, db, logprobs, entropy, lse): gradients or None, and the scores of every row."""
     x, w = call.x, call.w
     T, device = x.shape[0], x.device
     shapes = (x.shape, w.shape, w.shape[:1])
+    # a row of dx is written once; dw and db are sums over chunks
+    dtypes = (x.dtype, torch.float32, torch.float32)
     grads = [
-        torch.zeros(shape, device=device) if need else None
-        for shape, need in zip(shapes, needs, strict=True)
+        torch.zeros(shape, dtype=dtype, device=device) if need else None
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
     ]
-    scores = [torch.zeros(T, device=device) for _ in range(3)]
+    scores = [torch.zeros(T, dtype=torch.float32, device=device) for _ in range(3)]
     mask = call.rows["response_mask"]
     live = call.may_be_live() if any(needs) else torch.zeros_like(mask)
     # responses first, live ones before the rest: one synchronisation for both counts
@@ -249,7 +249,8 @@ def _run(call: _Call, needs) -> tuple:
     scored = order[n_live:n_response]
     if call.one_pass and n_live:
         run = _chunk_triton if call.options.impl == "triton" else _chunk_torch
-        default = max(1, CPU_WORKSPACE_BYTES // (4 * w.shape[0]))
+        workspace = GPU_WORKSPACE_BYTES if x.is_cuda else CPU_WORKSPACE_BYTES
+        default = max(1, workspace // (4 * w.shape[0]))
         default = _CHUNK_TOKENS if call.options.impl == "triton" else default
         step = call.options.chunk_tokens or default
         operand = w if x.is_cuda or call.options.impl == "triton" else w.float()
@@ -269,10 +270,12 @@ def _run(call: _Call, needs) -> tuple:
 
 
 def _score(call: _Call, index: torch.Tensor):
-    """logprobs, entropy, lse and the target's z of some rows."""
-    return forward(
-        call.x[index], call.w, call.bias, call.target_ids[index], call.options.of_rows(index)
-    )
+    """logprobs, entropy, lse and the target's z of some rows, which are gathered in parts."""
+    parts = [
+        forward(call.x[rows], call.w, call.bias, call.target_ids[rows], call.options.of_rows(rows))
+        for rows in index.split(_COPIED_ROWS)
+    ]
+    return [torch.cat(field) for field in zip(*parts, strict=True)]
 
 
 def _two_pass_backward(call: _Call, index, found, upstream, grads) -> None:
@@ -288,10 +291,10 @@ def _two_pass_backward(call: _Call, index, found, upstream, grads) -> None:
         [g is not None for g in grads], call.options.of_rows(rows),
     )  # fmt: skip
     if grads[0] is not None:
-        grads[0][rows] = parts[0].float()
+        grads[0][rows] = parts[0]
     for whole, part in zip(grads[1:], parts[1:], strict=True):
         if whole is not None:
-            whole += part.float()
+            whole.add_(part)
 
 
 def _chunk_torch(call: _Call, w, index, grads, scores) -> None:
@@ -322,7 +325,7 @@ def _chunk_torch(call: _Call, w, index, grads, scores) -> None:
     if x.is_cuda:
         dr = dr.to(x.dtype)
     if dx is not None:
-        dx[index] = matmul(dr, w)
+        dx[index] = matmul(dr, w).to(dx.dtype)
     if dw is not None:
         add_matmul(dw, dr.t(), torch.where(live[:, None], x, 0.0))
     if db is not None:
@@ -337,7 +340,7 @@ def _chunk_triton(call: _Call, w, index, grads, scores) -> None:
     x, y = call.x[index], call.target_ids[index]
     (n, H), V = x.shape, w.shape[0]
     taus = tau if isinstance(tau, torch.Tensor) else None
-    z_y = torch.empty(n, device=x.device)
+    z_y = torch.empty(n, dtype=torch.float32, device=x.device)
     block_t, block_h, warps, stages = TARGET_CONFIG[x.element_size()]
     if is_interpreting():
         block_t, block_h = 16, 16
@@ -352,7 +355,8 @@ def _chunk_triton(call: _Call, w, index, grads, scores) -> None:
         h = z_y - tau * call.rows["old_logprobs"][index]
     operands, launch = launch_options(_EXP_CONFIG, x, w, uses_tma(x, w))
     exp = torch.empty(n, V, dtype=x.dtype, device=x.device)
-    parts = torch.empty(2, -(-V // launch["BLOCK_V"]), n, device=x.device)
+    n_parts = -(-V // launch["BLOCK_V"])
+    parts = torch.empty(2, n_parts, n, dtype=torch.float32, device=x.device)
     _exp_kernel[(launch["NUM_PROGRAMS"],)](
         *operands, call.bias, taus, h, exp, *parts, x.stride(0), w.stride(0), exp.stride(0),
         n, V, H, 1.0 if taus is not None else tau, scale, HAS_BIAS=call.bias is not None,
@@ -375,17 +379,20 @@ def _chunk_triton(call: _Call, w, index, grads, scores) -> None:
     if n_live:
         rows = order[:n_live]
         if n_live < n:
-            exp, x, y, S = exp[rows], x[rows], y[rows], S[rows]
+            for start in range(0, n_live, 256):  # rows ascend: nothing unread is overwritten
+                block = rows[start : start + 256]
+                exp[start : start + block.shape[0]] = exp[block]
+            exp, x, y, S = exp[:n_live], x[rows], y[rows], S[rows]
             g, logprobs = g[rows], logprobs[rows]
             tau = tau[rows] if taus is not None else tau
         exp.scatter_(1, y.clamp(0, V - 1)[:, None], (S * logprobs.expm1())[:, None].to(exp.dtype))
         v = -g * scale / (tau * S)
         if dx is not None:
-            dx[index[rows]] = matmul(exp, w).mul_(v[:, None])
+            dx[index[rows]] = matmul(exp, w).mul_(v[:, None]).to(dx.dtype)
         if dw is not None:
             add_matmul(dw, exp.t(), (v[:, None] * x).to(x.dtype))
         if db is not None:
-            db += (v[None, :] @ exp.float()).squeeze(0)
+            db += matmul(exp.t(), v[:, None].to(exp.dtype)).squeeze(1)
     if n_again:
         rows = index[order[n - n_again :]]
         found = _score(call, rows)
@@ -492,6 +499,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _attached_backward(ctx, dloss):
+    if torch.is_grad_enabled() and dloss.requires_grad:
+        raise RuntimeError(f"{OP}: double backward is not supported; use impl='reference' for it")
     # a multiplication on the device: whether the upstream scalar is 1 is never asked
     needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
     grads = zip(ctx.saved_tensors, needs, strict=True)
@@ -569,8 +578,11 @@ def linear_policy_loss(
         RuntimeError: ``impl`` cannot run here, with the reason.
     """
     sizes: dict[str, int] = {}
+    _checks.check_unsharded(OP, "lm_head_weight", lm_head_weight)
     x, w, bias = autocast_operands(hidden_states, lm_head_weight, bias)
     y = target_ids
+    if is_capturing():
+        raise RuntimeError(f"{OP}: it counts live rows, which a CUDA graph capture does not allow")
     _checks.check_head(OP, x, w, y, bias, temperature, response_mask, sizes, impl)
     _checks.check_scalars(OP, temperature, softcap, logit_scale)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -603,7 +615,7 @@ def linear_policy_loss(
         )  # fmt: skip
 
     # every remaining argument is checked here, by the op that defines it, before the GEMMs
-    nothing = torch.zeros(x.shape[0], device=x.device)
+    nothing = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     dry = dict(cu_seqlens=cu_seqlens, impl="torch", **shared)
     policy_loss(nothing, old_logprobs, advantages, response_mask, entropy=nothing, **dry)
 
@@ -628,6 +640,16 @@ def linear_policy_loss(
     grads_on = torch.is_grad_enabled()
     operands = (x, w, bias)
     needs = [grads_on and v is not None and v.requires_grad for v in operands]
+    if x.dtype == torch.float16 and any(needs):
+        # its gradients need the loss scale, which only the backward knows
+        scores = linear_logprob(
+            x, w, y, row_mask=mask, chunk_tokens=chunk_tokens, impl=chosen, **head
+        )
+        result = policy_loss(
+            scores.logprobs, old_logprobs, advantages, response_mask, cu_seqlens=cu_seqlens,
+            entropy=scores.entropy, impl="triton" if chosen == "triton" else "torch", **shared,
+        )  # fmt: skip
+        return LinearPolicyLoss(*result, TokenScores(*(v.detach() for v in scores)))
     is_tensor = isinstance(temperature, torch.Tensor)
     *grads, logprobs, entropy, lse = torch.ops.qlkernels.linear_policy_loss(
         x.detach(),
@@ -638,7 +660,7 @@ def linear_policy_loss(
         packed(old_logprobs),
         packed(advantages),
         mask,
-        keep_mask,
+        None if keep_mask is None else keep_mask.contiguous(),
         packed(ref_logprobs),
         packed(rollout_is_weights),
         packed(weights),

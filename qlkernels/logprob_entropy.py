@@ -2,14 +2,15 @@
 
     z = s r,  or  z = c tanh(s r / c)       # r: raw logits, s: logit scale, c: soft-cap
     u = z / tau,  m = max z,  d = (z - m) / tau
-    S = sum e^d,  Q = sum d e^d             # shifted by the maximum: a constant added to the logits
-    cancels exactly logprob = d_y - log S,  H = log S - Q / S,  lse = m / tau + log S            #
-    nats du_i = p_i (g_lse - g_l - g_H (log p_i + H)) + g_l 1[i = y] log p_i = (z_i - z_y) / tau +
-    logprob
+    S = sum e^d,  Q = sum d e^d             # shifted: a constant added to the logits cancels
+    logprob = d_y - log S                   # nats, as the next two
+    H = log S - Q / S
+    lse = m / tau + log S
+    du_i = p_i (g_lse - g_l - g_H (log p_i + H)) + g_l 1[i = y]
+    log p_i = (z_i - z_y) / tau + logprob
 
 Bytes: the forward reads the logits once, T * V * itemsize; the backward reads them once and writes
-    once. Rows whose
-upstream gradients are all exactly zero are written without being read.
+once. Rows whose upstream gradients are all exactly zero are written without being read.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def logprob_entropy_ref(
     if row_mask is not None:
         r = torch.where(row_mask[:, None], r, 0.0)
         target_ids = torch.where(row_mask, target_ids, 0)
+        if isinstance(temperature, torch.Tensor):
+            temperature = torch.where(row_mask, temperature, 1.0)
     z = r * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -174,9 +177,10 @@ def _logprob_entropy_bwd_kernel(
     logprob = tl.load(logprobs_ptr + t)
     entropy = tl.load(entropy_ptr + t)
     r_y = tl.load(row_ptr + y, mask=in_range & live, other=-float("inf")).to(tl.float32)
+    tl.debug_barrier()  # in place: every warp has read the target before one overwrites it
     z_y = scale_and_cap(r_y, scale, cap, HAS_SOFTCAP)
     # log p_i = (z_i - z_y) / tau + logprob; a target of probability 0 cannot be the anchor
-    reachable = (z_y > -float("inf")) & in_range
+    reachable = (z_y > -float("inf")) & (logprob > -float("inf")) & in_range
     anchor_z = tl.where(reachable, z_y, 0.0)
     anchor_l = tl.where(reachable, logprob, -tl.load(lse_ptr + t))
     a = g_lse - g_l
@@ -520,8 +524,14 @@ def logprob_entropy(
     _checks.check_last_dim_contiguous(OP, "logits", logits)
     _checks.check_rows(OP, logits, "logits", target_ids, temperature, row_mask, sizes)
     _checks.check_scalars(OP, temperature, softcap, logit_scale)
-    if logits.shape[1] == 0:
-        raise ValueError(f"{OP}: logits is [T, V] = {tuple(logits.shape)}: an empty vocabulary")
+    T, V = logits.shape
+    if V == 0:
+        raise ValueError(f"{OP}: logits is [T, V] = {(T, V)}: an empty vocabulary")
+    if inplace_backward and T > 1 and logits.stride(0) < V:
+        raise ValueError(
+            f"{OP}: inplace_backward needs rows of their own, but logits has strides "
+            f"{logits.stride()}"
+        )
     if validate or logits.device.type == "cpu":
         _checks.check_targets(OP, target_ids, row_mask, logits.shape[1])
 

@@ -21,12 +21,15 @@ def targets_from_labels(
 
     Args:
         labels: ``[B, S]`` int64, padded with -100; or packed ``[T]`` with ``cu_seqlens``.
-        cu_seqlens: ``[B + 1]`` int32 or int64, first 0, last T; None for padded labels.
+        cu_seqlens: ``[B + 1]`` int32 or int64, first 0; None for padded labels. Rows past the last
+            entry are padding.
 
     Returns:
         ``(target_ids, row_mask)`` of the shape of ``labels``, int64 and bool. The last row of a
         sequence has no target. Where the mask is False the target is 0.
     """
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"{OP}: labels must be a tensor, got {type(labels).__name__}")
     _checks.check_dtype(OP, "labels", labels, (torch.int64,))
     if (labels.dim() == 1) != (cu_seqlens is not None) or labels.dim() not in (1, 2):
         raise ValueError(
@@ -39,6 +42,7 @@ def targets_from_labels(
         last = cu_seqlens[1:].long() - 1  # an empty sequence repeats its predecessor's last row
         ends = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
         ends[last] = True  # -1 of a leading empty sequence falls on the spare row
-        shifted = torch.where(ends[:-1], IGNORED, shifted)
+        rows = torch.arange(labels.shape[0], device=labels.device)
+        shifted = torch.where(ends[:-1] | (rows >= cu_seqlens[-1]), IGNORED, shifted)
     row_mask = shifted != IGNORED
     return torch.where(row_mask, shifted, 0), row_mask

@@ -26,7 +26,7 @@ OP = "merge_scores"
 class _MergeScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, entropy, lse, owns_target, group):
-        u_y = torch.where(owns_target, logprobs + lse, 0.0)
+        u_y = torch.where(owns_target, logprobs + lse, torch.nan)  # NaN: not in this slice
         mine = torch.stack([lse, entropy, u_y])
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, mine, group=group)
@@ -39,9 +39,11 @@ class _MergeScores(torch.autograd.Function):
         rank = dist.get_rank(group)
         ctx.save_for_backward(w[rank], surprise[rank], merged, owns_target)
         ctx.set_materialize_grads(True)
-        return u_r.sum(dim=0) - whole, merged, whole
+        u = torch.where(u_r.isnan().all(dim=0), torch.nan, u_r.nansum(dim=0))
+        return u - whole, merged, whole
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g_logprob, g_entropy, g_lse):
         w, surprise, merged, owns_target = ctx.saved_tensors
         g_y = torch.where(owns_target, g_logprob, 0.0)
@@ -58,7 +60,7 @@ def merge_scores(
         local: ``TokenScores`` of this rank's slice, fp32 ``[T]``. ``logprobs`` is read where
             ``owns_target`` is True and may be of any token elsewhere.
         owns_target: ``[T]`` bool: the row's target lies in this rank's slice. True on exactly one
-            rank; a target that no rank owns has the wrong log-probability.
+            rank; a target that no rank owns gets NaN.
         group: process group over which the vocabulary is split; None is the default group.
 
     Returns:

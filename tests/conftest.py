@@ -3,12 +3,15 @@ compiler.
 """
 
 import os
+import re
 import sys
 
 
 def _wants_compiler() -> bool:
-    markers = [sys.argv[i + 1] for i, a in enumerate(sys.argv[:-1]) if a == "-m"]
-    return any(m in ("gpu", "aot") for m in markers)
+    """Whether the command line selects tests that are marked gpu or aot, however it is spelt."""
+    words = " ".join(sys.argv[1:])
+    chosen = re.findall(r"(?:^| )(?:-m ?|--markexpr[= ])([^-].*?)(?= -|$)", words)
+    return any(re.search(r"(?<!not )\b(gpu|aot)\b", expression) for expression in chosen)
 
 
 if not _wants_compiler() and "PYTEST_XDIST_WORKER" not in os.environ:
@@ -23,3 +26,15 @@ from qlkernels.testing import nan_filled_memory  # noqa: E402
 def _uninitialised_memory_is_nan():
     with nan_filled_memory():
         yield
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.usefixtures("_no_interpreter"))
+
+
+@pytest.fixture
+def _no_interpreter():
+    pytest.fail("a GPU test in Triton's interpreter proves nothing: unset TRITON_INTERPRET")

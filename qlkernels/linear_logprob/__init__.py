@@ -1,13 +1,14 @@
 """Token scores from hidden states: the logits ``[T, V]`` are never stored.
 
     r = X W^T + b,  z = s r  or  c tanh(s r / c),  u = z / tau
-    logprob, H, lse as in logprob_entropy; tiles merge by
-    m = max m_i,  S = sum e^(m_i - m) S_i,  Q = sum e^(m_i - m) (Q_i + (m_i - m) S_i)       # fixed
-    order dX = dR W,  dW = dR^T X,  db = sum_t dR_t,  dR as in logprob_entropy
+    logprob, H, lse: as in logprob_entropy, over tiles that merge in a fixed order by
+    m = max m_i
+    S = sum e^(m_i - m) S_i
+    Q = sum e^(m_i - m) (Q_i + (m_i - m) S_i)
+    dX = dR W,  dW = dR^T X,  db = sum_t dR_t,  dR as in logprob_entropy
 
-FLOPs: 2 T H V forward; the backward computes the logits again, 6 T' H V, where T' counts the rows
-    whose upstream
-gradient is not exactly zero (4 T' H V where only one of dX and dW is asked for).
+FLOPs: 2 T H V forward. The backward computes the logits again, 6 T' H V, where T' counts the rows
+whose upstream gradient is not exactly zero; 4 T' H V where only one of dX and dW is asked for.
 
 The Triton path runs a GEMM whose epilogue folds the tile that is still in registers into (m, S, Q),
 12 bytes a row and tile. Its backward walks blocks of the vocabulary: the same GEMM writes dR of one
@@ -29,6 +30,7 @@ from qlkernels.linear_logprob.passes import Options, backward, forward
 from qlkernels.linear_logprob.reference import linear_logprob_ref
 
 OP = "linear_logprob"
+_COPIED_ROWS = 1 << 16  # live rows that are gathered at a time
 
 # --- custom ops and autograd -------------------------------------------------
 
@@ -58,11 +60,12 @@ def _op(
             x = torch.where(row_mask[:, None], x, 0.0)
             found = forward(x, lm_head_weight, bias, torch.where(row_mask, y, 0), options)
             return tuple(torch.where(row_mask, v, 0.0) for v in found)
-        rows = row_mask.nonzero().squeeze(1)  # the one synchronisation
-        found = forward(x[rows], lm_head_weight, bias, y[rows], options.of_rows(rows))
-        out = tuple(torch.zeros(x.shape[0], device=x.device) for _ in found)
-        for whole, part in zip(out, found, strict=True):
-            whole[rows] = part
+        out = tuple(torch.zeros_like(y, dtype=torch.float32) for _ in range(4))
+        # nonzero is the one synchronisation; a part of the rows is copied at a time
+        for rows in row_mask.nonzero().squeeze(1).split(_COPIED_ROWS):
+            found = forward(x[rows], lm_head_weight, bias, y[rows], options.of_rows(rows))
+            for whole, part in zip(out, found, strict=True):
+                whole[rows] = part
         return out
 
 
@@ -234,6 +237,7 @@ def linear_logprob(
             chunk_tokens=chunk_tokens, compact=compact, validate=validate, impl=impl,
         )  # fmt: skip
         return TokenScores(*(v.view(B, S) for v in scores))
+    _checks.check_unsharded(OP, "lm_head_weight", lm_head_weight)
     x, w, bias = autocast_operands(hidden_states, lm_head_weight, bias)
     sizes: dict[str, int] = {}
     _checks.check_head(OP, x, w, target_ids, bias, temperature, row_mask, sizes, impl)

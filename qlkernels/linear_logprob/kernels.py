@@ -70,13 +70,13 @@ def fold_kernel(
             acc, tl.cast(logit_scale, tl.float32), tl.cast(softcap, tl.float32), HAS_SOFTCAP
         )
         if not EVEN_V:
-            z = tl.where((offs_v < V)[None, :], z, -float("inf"))
+            z = tl.where((offs_v < V)[None, :], z, -1.0e30)
         tau = tl.cast(temperature, tl.float32)
         inv_tau = 1.0 / tau + tl.zeros([BLOCK_T], tl.float32)
         if HAS_TEMPERATURE:
             inv_tau = 1.0 / tl.load(temperature_ptr + offs_t, mask=mask_t, other=1.0)
         m = tl.maximum(tl.max(z, 1), -1.0e30)  # finite where the tile is all -inf
-        if HAS_BIAS or not EVEN_V:  # only then can a logit be -inf
+        if HAS_BIAS:  # only then can a logit be -inf
             d = shifted(z, m[:, None], inv_tau[:, None])
         else:
             d = (z - m[:, None]) * inv_tau[:, None]
@@ -218,7 +218,7 @@ def dlogits_kernel(
         entropy = tl.load(entropy_ptr + offs_t, mask=mask_t, other=0.0)
         z_y = tl.load(target_z_ptr + offs_t, mask=mask_t, other=0.0)
         # log p_i = (z_i - z_y) / tau + logprob; a target of probability 0 cannot be the anchor
-        reachable = z_y > -float("inf")
+        reachable = (z_y > -float("inf")) & (logprob > -float("inf"))
         lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
         anchor_z = tl.where(reachable, z_y, 0.0)
         anchor_l = tl.where(reachable, logprob, -lse)
@@ -249,23 +249,32 @@ def dlogits_kernel(
 
 # (BLOCK_T, BLOCK_V, BLOCK_H, GROUP_T, num_warps, num_stages) by (path, bytes of an element)
 FOLD_CONFIG = {
-    ("tma", 2): (256, 128, 64, 8, 8, 4),
-    ("tma", 4): (128, 128, 32, 8, 8, 3),
+    ("tma-sm90", 2): (256, 128, 64, 8, 8, 4),
+    ("tma-sm100", 2): (128, 128, 64, 8, 8, 4),
     ("pointer", 2): (128, 128, 32, 8, 8, 4),
     ("pointer", 4): (64, 64, 32, 8, 4, 3),
     ("interpreter", 2): (16, 32, 16, 2, 1, 1),
     ("interpreter", 4): (16, 32, 16, 2, 1, 1),
 }
-DLOGITS_CONFIG = FOLD_CONFIG | {("tma", 2): (128, 128, 64, 8, 8, 4)}
+DLOGITS_CONFIG = FOLD_CONFIG | {("tma-sm90", 2): (128, 128, 64, 8, 8, 4)}
 TARGET_CONFIG = {2: (64, 64, 4, 4), 4: (64, 32, 4, 3)}  # BLOCK_T, BLOCK_H, num_warps, num_stages
 MERGE_CONFIG = (32, 32)  # BLOCK_T, BLOCK_N
 
 
 def uses_tma(*tensors: torch.Tensor) -> bool:
-    """The copy engine wants sm_90 and rows that start on 16 bytes."""
-    if is_interpreting() or compute_capability(tensors[0].device.index or 0) < 90:
+    """The copy engine wants rows that start on 16 bytes.
+
+    The tiles of its path are for 16-bit operands and for the shared memory of sm_90 and sm_100.
+    """
+    capability = compute_capability(tensors[0].device.index or 0)
+    if is_interpreting() or not 90 <= capability < 120:
         return False
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
+    return all(
+        x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        for x in tensors
+    )
 
 
 def precision(x: torch.Tensor) -> str:
@@ -274,7 +283,10 @@ def precision(x: torch.Tensor) -> str:
 
 def launch_options(table: dict, x: torch.Tensor, w: torch.Tensor, use_tma: bool):
     """Operands, tile sizes and compiler options of a GEMM kernel."""
-    path = "interpreter" if is_interpreting() else "tma" if use_tma else "pointer"
+    path = "interpreter" if is_interpreting() else "pointer"
+    if use_tma:
+        capability = compute_capability(x.device.index or 0)
+        path = "tma-sm90" if capability < 100 else "tma-sm100"
     block_t, block_v, block_h, group_t, warps, stages = table[path, x.element_size()]
     operands = (x, w)
     if use_tma:
@@ -301,42 +313,75 @@ def launch_options(table: dict, x: torch.Tensor, w: torch.Tensor, use_tma: bool)
 
 
 def aot_variants():
-    """Every kernel as it is launched: (name, kernel, signature, constexprs, aligned, options)."""
-    rows = dict(
-        bias_ptr="*bf16", target_ptr="*i64", temperature_ptr="*fp32", m_ptr="*fp32",
-        s_ptr="*fp32", q_ptr="*fp32", target_z_ptr="*fp32", logprobs_ptr="*fp32",
-        entropy_ptr="*fp32", lse_ptr="*fp32", dlogprobs_ptr="*fp32", dentropy_ptr="*fp32",
-        dlse_ptr="*fp32", dlogits_ptr="*bf16", stride_xt="i32", stride_wv="i32", stride_dt="i32",
-        T="i32", V="i32", H="i32", N="i32", first_v="i32",
-        temperature="fp32", logit_scale="fp32", softcap="fp32",
-    )  # fmt: skip
-    aligned = ("stride_xt", "stride_wv", "stride_dt", "V", "H", "x", "w", "dlogits_ptr")
-    flags = dict(HAS_BIAS=False, HAS_TEMPERATURE=True, HAS_SOFTCAP=False)
-    mma = dict(UPCAST=False, PRECISION="tf32")
+    """Every kernel as it is launched: (name, kernel, signature, constexprs, aligned, options).
+
+    Beside the common case (bf16, no bias, no soft-cap, V a multiple of the tile) the ones that cost
+    registers: a ragged V, a bias, a soft-cap, fp32. All three at once is left out: on sm_90 the
+    fold of a ragged V with bias and soft-cap spills some 200 bytes.
+    """
     found = []
-    for path, capabilities in (("pointer", [80]), ("tma", [90, 100])):
-        fold = flags | dict(EVEN_V=True)
-        grads = flags | dict(HAS_DLOGPROBS=True, HAS_DENTROPY=True, HAS_DLSE=False)
-        for name, kernel, table, constexprs in (
-            ("linear_fold", fold_kernel, FOLD_CONFIG, fold),
-            ("linear_dlogits", dlogits_kernel, DLOGITS_CONFIG, grads),
-        ):
-            block_t, block_v, block_h, group_t, warps, stages = table[path, 2]
-            constexprs = constexprs | mma | dict(
-                USE_TMA=path == "tma", BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_H=block_h,
-                GROUP_T=group_t, NUM_PROGRAMS=132,
-            )  # fmt: skip
-            operand = "*bf16" if path == "pointer" else "tensordesc<bf16[{}, {}]>"
-            signature = rows | dict(
-                x=operand.format(block_t, block_h), w=operand.format(block_v, block_h)
-            )
-            options = dict(num_warps=warps, num_stages=stages, capabilities=capabilities)
-            found.append((f"{name}-{path}", kernel, signature, constexprs, aligned, options))
-    signature = rows | dict(x="*bf16", w="*bf16")
+    for path, size, capabilities in (
+        ("pointer", 2, [80, 90]), ("pointer", 4, [80, 90]), ("tma-sm90", 2, [90]),
+        ("tma-sm100", 2, [100]),
+    ):  # fmt: skip
+        for extra in ("", "ragged", "bias", "softcap"):
+            if extra and (path, size) == ("pointer", 4):
+                continue
+            found += _gemm_variants(path, size, capabilities, extra)
+    rows, aligned = _signature("bf16"), _ALIGNED
     block_t, block_h, warps, stages = TARGET_CONFIG[2]
-    target = mma | dict(HAS_BIAS=False, HAS_SOFTCAP=False, BLOCK_T=block_t, BLOCK_H=block_h)
+    target = dict(
+        HAS_BIAS=False, HAS_SOFTCAP=False, UPCAST=False, PRECISION="tf32", BLOCK_T=block_t,
+        BLOCK_H=block_h,
+    )  # fmt: skip
+    signature = rows | dict(x="*bf16", w="*bf16")
     options = dict(num_warps=warps, num_stages=stages)
     found.append(("target_logit", target_logit_kernel, signature, target, aligned, options))
     merge = dict(HAS_TEMPERATURE=True, BLOCK_T=MERGE_CONFIG[0], BLOCK_N=MERGE_CONFIG[1])
     found.append(("linear_merge", merge_kernel, rows, merge, ("T",), dict(num_warps=4)))
+    return found
+
+
+_ALIGNED = ("stride_xt", "stride_wv", "stride_dt", "V", "H", "x", "w", "dlogits_ptr")
+
+
+def _signature(dtype: str) -> dict[str, str]:
+    floats = (
+        "temperature_ptr", "m_ptr", "s_ptr", "q_ptr", "target_z_ptr", "logprobs_ptr",
+        "entropy_ptr", "lse_ptr", "dlogprobs_ptr", "dentropy_ptr", "dlse_ptr",
+    )  # fmt: skip
+    integers = ("stride_xt", "stride_wv", "stride_dt", "T", "V", "H", "N", "first_v")
+    return (
+        dict.fromkeys(floats, "*fp32")
+        | dict.fromkeys(integers, "i32")
+        | dict.fromkeys(("temperature", "logit_scale", "softcap"), "fp32")
+        | dict(bias_ptr=f"*{dtype}", dlogits_ptr=f"*{dtype}", target_ptr="*i64")
+    )
+
+
+def _gemm_variants(path: str, size: int, capabilities: list[int], extra: str) -> list[tuple]:
+    flags = dict(
+        HAS_BIAS=extra == "bias", HAS_TEMPERATURE=True, HAS_SOFTCAP=extra == "softcap",
+        UPCAST=False, PRECISION="tf32" if size == 2 else "ieee",
+    )  # fmt: skip
+    aligned = tuple(n for n in _ALIGNED if not (extra == "ragged" and n == "V"))
+    dtype = "bf16" if size == 2 else "fp32"
+    found = []
+    for name, kernel, table, own in (
+        ("linear_fold", fold_kernel, FOLD_CONFIG, dict(EVEN_V=extra != "ragged")),
+        ("linear_dlogits", dlogits_kernel, DLOGITS_CONFIG,
+         dict(HAS_DLOGPROBS=True, HAS_DENTROPY=True, HAS_DLSE=False)),
+    ):  # fmt: skip
+        block_t, block_v, block_h, group_t, warps, stages = table[path, size]
+        constexprs = flags | own | dict(
+            USE_TMA=path != "pointer", BLOCK_T=block_t, BLOCK_V=block_v, BLOCK_H=block_h,
+            GROUP_T=group_t, NUM_PROGRAMS=132,
+        )  # fmt: skip
+        operand = f"*{dtype}" if path == "pointer" else f"tensordesc<{dtype}[{{}}, {{}}]>"
+        signature = _signature(dtype) | dict(
+            x=operand.format(block_t, block_h), w=operand.format(block_v, block_h)
+        )
+        options = dict(num_warps=warps, num_stages=stages, capabilities=capabilities)
+        label = "-".join(filter(None, (name, path, dtype, extra)))
+        found.append((label, kernel, signature, constexprs, aligned, options))
     return found

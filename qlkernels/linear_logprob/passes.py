@@ -68,8 +68,9 @@ def add_matmul(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-def row_chunks(T: int, V: int, chunk_tokens: int | None) -> list[slice]:
-    rows = chunk_tokens or max(1, CPU_WORKSPACE_BYTES // (4 * V))
+def row_chunks(T: int, w: torch.Tensor, chunk_tokens: int | None) -> list[slice]:
+    workspace = GPU_WORKSPACE_BYTES if w.is_cuda else CPU_WORKSPACE_BYTES
+    rows = chunk_tokens or max(1, workspace // (4 * w.shape[0]))
     return [slice(start, min(T, start + rows)) for start in range(0, T, rows)]
 
 
@@ -85,7 +86,7 @@ def forward(x, w, bias, target_ids, options):
     w = w if x.is_cuda else w.float()  # once, not once a chunk
     in_range = (target_ids >= 0) & (target_ids < V)
     y = torch.where(in_range, target_ids, 0)
-    for rows in row_chunks(T, V, options.chunk_tokens):
+    for rows in row_chunks(T, w, options.chunk_tokens):
         r = matmul(x[rows], w.t())
         if bias is not None:
             r += bias.float()
@@ -117,7 +118,7 @@ def _forward_triton(x, w, bias, target_ids, options, out):
         BLOCK_H=block_h, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
-    block_v = launch_options(FOLD_CONFIG, x, w, False)[1]["BLOCK_V"]
+    block_v = launch_options(FOLD_CONFIG, x, w, use_tma)[1]["BLOCK_V"]
     n_parts = -(-V // block_v)
     # three fp32 parts a row and tile, in the memory of [chunk, V] 2-byte values
     step = max(1, chunk * V // (6 * n_parts))
@@ -164,7 +165,7 @@ def _backward_chunks(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
     w = w if x.is_cuda else w.float()
     dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if needs_dw else None
     y = torch.where((target_ids >= 0) & (target_ids < V), target_ids, 0)
-    for rows in row_chunks(x.shape[0], V, options.chunk_tokens):
+    for rows in row_chunks(x.shape[0], w, options.chunk_tokens):
         r = matmul(x[rows], w.t())
         if bias is not None:
             r += bias.float()
@@ -198,7 +199,7 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
     has_taus = isinstance(tau, torch.Tensor)
     logprobs, entropy, lse, target_z = scores
     use_tma = uses_tma(x, w)
-    tile = launch_options(DLOGITS_CONFIG, x, w, False)[1]["BLOCK_V"]
+    tile = launch_options(DLOGITS_CONFIG, x, w, use_tma)[1]["BLOCK_V"]
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
     # as many values as a [chunk, V] block holds, in whole tiles
     width = min(-(-V // tile) * tile, max(tile, chunk * V // T // tile * tile))
@@ -220,7 +221,7 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
         if dx is not None:
             add_matmul(dx, dr, w[columns])
         if dw is not None:
-            dw[columns] = matmul(dr.t(), x) if not x.is_cuda else torch.mm(dr.t(), x)
+            dw[columns] = matmul(dr.t(), x)  # fp32: a bf16 result may be reduced in bf16
         if db is not None:
             db[columns] = dr.sum(dim=0, dtype=torch.float32)
     return dw

@@ -26,6 +26,8 @@ def linear_logprob_ref(
     if row_mask is not None:
         x = torch.where(row_mask[:, None], x, 0.0)
         target_ids = torch.where(row_mask, target_ids, 0)
+        if isinstance(temperature, torch.Tensor):
+            temperature = torch.where(row_mask, temperature, 1.0)
     z = x @ w.t()  # [T, V]
     if bias is not None:
         z = z + bias.to(dtype)
@@ -35,7 +37,8 @@ def linear_logprob_ref(
     tau = temperature[:, None].to(dtype) if isinstance(temperature, torch.Tensor) else temperature
     logp = (z / tau).log_softmax(dim=1)
     logprobs = logp.gather(1, target_ids[:, None]).squeeze(1)
-    entropy = -(logp.exp() * logp).sum(dim=1)
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(dim=1)
     lse = (z / tau).logsumexp(dim=1)
     if row_mask is None:
         return TokenScores(logprobs, entropy, lse)

@@ -197,4 +197,5 @@ def _distinct(texts: Iterable[str], answer: str) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+    """What makes two options the same to a reader: ``"0"`` and ``0`` are."""
+    return " ".join(text.casefold().replace('"', "").replace("'", "").split())

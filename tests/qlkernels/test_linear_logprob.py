@@ -72,6 +72,31 @@ def test_options(impl, bias, softcap, logit_scale):
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_a_bias_of_minus_infinity_bans_tokens(impl):
+    inputs, upstream = make(5, 16, 67, bias=True)
+    with torch.no_grad():
+        inputs["bias"][3:40] = -torch.inf  # a whole tile of the interpreter's among them
+    inputs["target_ids"] = torch.tensor([0, 1, 2, 50, 66])
+    found = check(impl, inputs, upstream, temperature=0.7)
+    assert (found["dbias"][3:40] == 0).all()
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(impl, dtype):
+    inputs, upstream = make(5, 16, 67)
+    run = partial(linear_logprob, impl=impl, row_mask=torch.tensor([1, 0, 1, 1, 1]).bool())
+    want = outputs_and_grads(run, inputs, upstream)
+    torch.set_default_dtype(dtype)
+    try:
+        found = outputs_and_grads(run, inputs, upstream)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in want:
+        assert torch.equal(found[name], want[name]), name
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_equals_the_op_on_logits(impl):
     inputs, _ = make(6, 16, 67)
     x, w, y = (v.detach() for v in inputs.values())
@@ -105,7 +130,8 @@ def test_masked_rows_may_hold_anything(impl, compact):
     with torch.no_grad():
         inputs["hidden_states"][~mask] = torch.nan
         inputs["target_ids"][~mask] = -100
-    dirty = outputs_and_grads(run, inputs, upstream)
+    tau = torch.where(mask, 1.0, 0.0)
+    dirty = outputs_and_grads(partial(run, temperature=tau), inputs, upstream)
     for name in clean:
         assert torch.equal(clean[name], dirty[name]), name
     for name in ("out0", "out1", "out2", "dhidden_states"):
@@ -267,6 +293,7 @@ class _Partitioned(torch.nn.Parameter):
         (dict(impl="cuda"), ValueError, "unknown impl"),
         (dict(row_mask=torch.ones(3).int()), TypeError, "bool"),
         (dict(hidden_states=torch.zeros(1, 3, 4)), ValueError, r"\[B, S, H\]"),
+        (dict(lm_head_weight=None), TypeError, "must be a tensor"),
     ],
 )
 def test_refusals_name_the_argument(change, error, words):
@@ -277,6 +304,12 @@ def test_refusals_name_the_argument(change, error, words):
     )
     with pytest.raises(error, match=words):
         linear_logprob(**(arguments | change))
+
+
+def test_a_partitioned_weight_is_refused_under_autocast_too():
+    weight = _Partitioned(torch.zeros(0))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="ZeRO-3"):
+        linear_logprob(torch.zeros(3, 4), weight, torch.tensor([0, 1, 2]))
 
 
 # --- on a GPU ----------------------------------------------------------------

@@ -21,6 +21,11 @@ def test_packed_labels_do_not_cross_sequences(dtype):
     assert mask.tolist() == [True, False, True, True, False, False]
 
 
+def test_rows_past_the_last_sequence_are_padding():
+    target_ids, mask = targets_from_labels(torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2]))
+    assert mask.tolist() == [True, False, False, False] and target_ids[0] == 2
+
+
 def test_nothing():
     for labels, cu in (
         (torch.zeros(2, 0, dtype=torch.int64), None),
@@ -49,6 +54,7 @@ def test_loss_equals_that_of_cross_entropy_on_labels():
         (torch.zeros(3, dtype=torch.int64), None, ValueError),
         (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 6]), ValueError),
         (torch.zeros(2, 3), None, TypeError),
+        (None, None, TypeError),
     ],
 )
 def test_refusals(labels, cu_seqlens, error):

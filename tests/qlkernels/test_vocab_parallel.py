@@ -84,8 +84,16 @@ def test_one_rank_changes_nothing(one_rank):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_a_target_that_no_rank_owns_is_nan(one_rank):
+    x, w, y, _, _ = make()
+    y[4] = -100
+    scores = vocab_parallel_logprob(x, w, y, first_id=0)
+    assert scores.logprobs.isnan().tolist() == (y == -100).tolist()
+    assert scores.entropy.isfinite().all()
+
+
 def test_gradient_of_the_merge(one_rank):
-    owns = torch.tensor([True, True, False])
+    owns = torch.tensor([True, True, True])
     leaves = [torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(
         lambda *fields: tuple(merge_scores(TokenScores(*fields), owns)), leaves
