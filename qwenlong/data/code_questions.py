@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from qwenlong.data.documents import SourceDocument
+from qwenlong.data.leaks import tells_name
 from qwenlong.data.python_facts import FunctionFacts, ModuleFacts, Span
 from qwenlong.data.samples import OPTIONS, Item, contains_term
 from qwenlong.rewards.text import normalize_answer
@@ -139,6 +140,7 @@ def _described(facts: ModuleFacts) -> Iterator[tuple[FunctionFacts, list[str]]]:
             30 <= len(function.summary) <= 220
             and counts[function.summary] == 1
             and not contains_term(function.summary, last)
+            and not tells_name(function.summary, last)
             and '"""' not in function.summary
             and ">>>" not in function.summary
         ):

@@ -180,6 +180,8 @@ def _sample(
     statements = [s for _, s in draft.facts] + draft.checked
     evidence = [Evidence(doc=s.doc, start=s.start, end=s.end) for s in dict.fromkeys(statements)]
     docs = [by_id[doc] for doc in dict.fromkeys(s.doc for s in statements)]
+    if len(docs) < 2:
+        return None  # one page tells it all
     derivation: dict[str, Any] = {
         "kind": "graph",
         "template": asked.template,

@@ -355,12 +355,13 @@ def causal_common(draft: Draft, hops: int) -> Asked:
     asked, ask = _ask_module(draft, ref, hops - len(names))
     draft.rng.shuffle(names)
     listed = ", ".join(names[:-1]) + " and " + names[-1]
+    every = "both" if len(names) == 2 else "all"
     asked.question = draft.rng.choice(
         [
-            f"The modules {listed} can no longer be loaded, all for the same reason: one module "
-            f"that every one of them imports has been removed. {ask}",
-            f"After a single module was deleted, {listed} all stopped working, because each of "
-            f"them imports it. {ask}",
+            f"The modules {listed} can no longer be loaded, {every} for the same reason: one "
+            f"module that each of them imports has been removed. {ask}",
+            f"After a single module was deleted, {listed} {every} stopped working, because each "
+            f"of them imports it. {ask}",
         ]
     )
     asked.template = "common_cause"

@@ -19,6 +19,8 @@ _ENTITY = re.compile(
     r"|\b(\d[\d.,]*\d|\d)\b"
 )
 _NAME = 3  # the group of names in _ENTITY
+_NAME_WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[^\W_A-Z]+|[A-Z][^\W_A-Z]*")  # HTTPServer: two words
+_TEXT_WORD = re.compile(r"[^\W_]+")
 OPENERS = frozenset(
     "a according after among an and answer as at before both by compared consider did do "
     "does during find for from give given had has have how i if in is it list name of on please "
@@ -72,6 +74,19 @@ def asks_the_same(a: list[str], b: list[str]) -> bool:
 def _is_inflected(a: str, b: str) -> bool:
     shorter, longer = sorted((a, b), key=len)
     return longer.startswith(shorter) and longer[len(shorter) :] in ("s", "es", "d", "ed", "ing")
+
+
+def tells_name(text: str, name: str) -> bool:
+    """Whether every word of an identifier stands in ``text``, so that the name can be guessed.
+
+    Of a dotted name the last part counts. ``follow_symlinks`` has the words follow and symlinks;
+    an ending makes no other word.
+    """
+    words = [w.casefold() for w in _NAME_WORD.findall(name.rpartition(".")[2])]
+    told = set(_TEXT_WORD.findall(normalise(text)))
+    return bool(words) and all(
+        any(word == other or _is_inflected(word, other) for other in told) for word in words
+    )
 
 
 def answer_texts(sample: Sample) -> list[str]:

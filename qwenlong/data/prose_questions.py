@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from qwenlong.data.documents import SourceDocument, split_sentences
+from qwenlong.data.leaks import tells_name
 from qwenlong.data.python_facts import Span
 from qwenlong.data.samples import Item, contains_term
 
@@ -77,7 +78,8 @@ def _entries(document: SourceDocument) -> Iterator[tuple[str, str, Span]]:
         found.append((match["name"], sentence, Span(match.start("name"), start + first[1])))
     for name, sentence, span in found:
         is_clear = names[name] == 1 and texts[sentence] == 1 and 30 <= len(sentence) <= 320
-        if is_clear and not contains_term(sentence, name.rpartition(".")[2]):
+        is_told = contains_term(sentence, name.rpartition(".")[2]) or tells_name(sentence, name)
+        if is_clear and not is_told:
             yield name, sentence, span
 
 

@@ -420,9 +420,12 @@ def test_shape_of_samples(samples):
     for sample in samples:
         assert Sample.model_validate(sample.to_json()) == sample
         assert sample.task == "multihop_qa" and is_rewarded(sample)
-        assert 2 <= sample.derivation["hops"] <= 6
+        assert 2 <= sample.derivation["hops"] <= 6 and len(sample.documents) >= 2
         assert sample.question[-1] in "?." and "  " not in sample.question
         assert "{" not in sample.question and sample.question[0].isupper()
+        if sample.derivation["template"] == "common_cause":
+            is_list = re.search(r", \S+ and ", sample.question) is not None
+            assert ("both" in sample.question) is not is_list
         splits = {SourceDocument(text=d.text, source="x").split for d in sample.documents}
         assert splits == {sample.split}
     subtypes = [s.subtype for s in samples]

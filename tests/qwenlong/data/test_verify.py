@@ -7,7 +7,7 @@ from toy_route import WORDS, toy_samples, toy_text
 
 from qwenlong.data.decontaminate import Contamination
 from qwenlong.data.documents import SourceDocument
-from qwenlong.data.leaks import AnswerFinder, asks_the_same, entity_terms, normalise
+from qwenlong.data.leaks import AnswerFinder, asks_the_same, entity_terms, normalise, tells_name
 from qwenlong.data.recipe import DecontaminateConfig, VerifyConfig
 from qwenlong.data.verify import (
     MODEL_FILTERS,
@@ -90,6 +90,25 @@ def test_choice_is_looked_for_by_its_text():
     found = finder("Which?", "B", answer_type="choice", choices=["a red fox", "a grey owl"])
     assert found.is_in("there sat a grey owl.")
     assert not found.is_in("b and a red fox")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "is_told"),
+    [
+        ("In case filepath is a symlink, follow it.", "_follow_symlinks", True),
+        ("Encode the message's payload in Base64.", "encode_base64", True),
+        ('Called to implement "operator.length_hint()".', "object.__length_hint__", True),
+        ("Checking if a timeout has expired.", "Popen._checkTimeout", True),
+        ("Parse an HTTP response.", "HTTPResponse", True),
+        ("Return the size of the window.", "get_terminal_size", False),
+        ("Produce a symbolic disassembly.", "dis", False),
+        ("Called to compute the hash.", "__len__", False),
+        ("Anything at all.", "__", False),
+        ("", "run", False),
+    ],
+)
+def test_a_description_tells_the_name(text, name, is_told):
+    assert tells_name(text, name) is is_told
 
 
 def test_entities():
