@@ -36,6 +36,8 @@ def run(
     from qwenlong.data.report import draw_report, print_summary
     from qwenlong.llm import LLMError
 
+    if workers < 0:
+        raise InputError(f"--workers is {workers}; it must be at least 0")
     loaded = load_recipe(recipe)
     if seed is not None:
         loaded = dataclasses.replace(loaded, seed=seed)
@@ -85,6 +87,8 @@ def report(out: Out, samples: Annotated[int, typer.Option(help="Samples to print
         raise InputError(
             f"{out} holds no summary.json: `qwenlong synth run` writes it when it ends"
         ) from None
+    except ValueError:
+        raise InputError(f"{out / 'summary.json'} is damaged; run the recipe again") from None
     console = Console()
     print_summary(console, summary)
     _print_usage(console, out)

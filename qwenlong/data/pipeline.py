@@ -30,7 +30,14 @@ from qwenlong.data.graph_sources import Triple
 from qwenlong.data.loaders import LoadFailure, list_units, load_unit
 from qwenlong.data.quality import quality_verdicts
 from qwenlong.data.recipe import Recipe, recipe_from_json
-from qwenlong.data.routes import ModelAsker, open_client, route_code, route_samples, usage
+from qwenlong.data.routes import (
+    ModelAsker,
+    find_route,
+    open_client,
+    route_code,
+    route_samples,
+    usage,
+)
 from qwenlong.data.store import (
     INDEX_DTYPE,
     DocumentStore,
@@ -94,7 +101,10 @@ def run_pipeline(
     out = Path(out)
     run = Run(str(out), json.dumps(recipe.to_json(), sort_keys=True), workers)
     with exclusive(out):
-        load_tokenizer(recipe.tokenizer)  # a wrong name fails here, not in the middle
+        load_tokenizer(recipe.tokenizer)  # what is wrong fails here, not in the middle
+        describe(recipe.decontaminate)
+        for route in recipe.routes:
+            find_route(route, has_model=recipe.model is not None)
         for leftover in itertools.chain(out.glob(".*.tmp"), out.glob("work/.*.tmp")):
             leftover.unlink()
         write_json(out / "recipe.json", recipe.to_json())

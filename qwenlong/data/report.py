@@ -63,8 +63,9 @@ def _draw_lengths(axes: Axes, lengths: dict[str, list[int]]) -> None:
     if not lengths:
         return
     every = [n for values in lengths.values() for n in values]
+    # Four bins an octave, a power of two in the middle of one: contexts end just below targets.
     low, high = np.log2(max(1, min(every))), np.log2(max(every) + 1)
-    edges = 2.0 ** np.linspace(low - 0.05, high + 0.05, 24)
+    edges = 2.0 ** ((np.arange(np.floor(4 * low), np.ceil(4 * high) + 2) - 0.5) / 4)
     names = sorted(lengths, key=_task_order)
     colors = [f"C{i}" for i in range(len(names))]
     axes.hist([lengths[n] for n in names], bins=edges, stacked=True, label=names, color=colors)
@@ -208,6 +209,8 @@ def show_stage(console: Console, out: Path, stage: str, count: int) -> None:
     folder = out / "work" / stage
     if not folder.is_dir():
         known = sorted(p.name for p in (out / "work").glob("*") if p.is_dir())
+        if not known:
+            raise InputError(f"{out} holds no run: `qwenlong synth run` makes one")
         raise InputError(f"{out} has no stage {stage!r}; it has {known}")
     parts = sorted(p for p in folder.glob("part-*.jsonl") if p.stem.count(".") == 0)
     done = (folder / "done.json").exists()

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +51,33 @@ def route_samples(
     extracted: Sequence[Triple] = (),
 ) -> Iterator[Sample]:
     """Run one route. ``route.route`` is a name of ``ROUTES`` or ``module:function``."""
-    function = import_function(ROUTES.get(route.route, route.route), "route")
+    function, parameters = find_route(route, has_model=client is not None)
     options: dict[str, Any] = dict(route.options)
-    parameters = inspect.signature(function).parameters
     if "client" in parameters:
-        if client is None and parameters["client"].default is inspect.Parameter.empty:
-            raise InputError(f"route {route.route!r} asks a model; give the recipe a 'model'")
         options["client"] = client
     if "extracted" in parameters:
         options["extracted"] = extracted
+    return map(_with_reward, function(documents, seed=seed, limit=limit, **options))
+
+
+def find_route(
+    route: RouteConfig, *, has_model: bool
+) -> tuple[Callable[..., Iterator[Sample]], Mapping[str, inspect.Parameter]]:
+    """The function of a route and its parameters; InputError where the recipe does not fit it."""
+    function = import_function(ROUTES.get(route.route, route.route), "route")
+    parameters = inspect.signature(function).parameters
+    if (
+        "client" in parameters
+        and not has_model
+        and parameters["client"].default is inspect.Parameter.empty
+    ):
+        raise InputError(f"route {route.route!r} asks a model; give the recipe a 'model'")
     for name in route.options:
         if name not in parameters:
             raise InputError(
                 f"route {route.route!r} has no option {name!r}; it has {sorted(parameters)}"
             )
-    return map(_with_reward, function(documents, seed=seed, limit=limit, **options))
+    return function, parameters
 
 
 def _with_reward(sample: Sample) -> Sample:

@@ -211,6 +211,11 @@ def test_wrong_routes_are_named(corpus, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             run_pipeline(toy_recipe(corpus, routes=[route]), tmp_path / route.route)
+        assert not (tmp_path / route.route / "work").exists()  # before anything is loaded
+    gone = DecontaminateConfig(sets=[str(tmp_path / "gone.jsonl")])
+    with pytest.raises(InputError, match="evaluation set .* does not exist"):
+        run_pipeline(toy_recipe(corpus, decontaminate=gone), tmp_path / "out")
+    assert not (tmp_path / "out" / "work").exists()
 
 
 # --- recipes ---------------------------------------------------------------------
