@@ -176,8 +176,10 @@ class Client:
         if n < 1:
             raise ValueError(f"sample: n is {n}; it must be at least 1")
         requests = [replace(request, sample_index=request.sample_index + i) for i in range(n)]
-        # One attempt gives all, unless every sample has a seed of its own.
-        is_joint = self._has_n and request.sampling.seed is None
+        # One attempt gives all, unless every sample has a seed of its own. vLLM refuses n > 1
+        # without a temperature.
+        sampling = request.sampling
+        is_joint = self._has_n and sampling.seed is None and sampling.temperature > 0
         if self.cache is None:
             if is_joint:
                 return await self._with_retries(request, n)

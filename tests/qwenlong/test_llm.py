@@ -111,6 +111,15 @@ def test_samples_are_one_request_unless_seeded():
         assert sorted(b["seed"] for b in server.bodies[1:]) == [5, 6, 7]
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_samples_without_temperature_are_asked_one_by_one(tmp_path, cached):
+    # vLLM: "n must be 1 when using greedy sampling".
+    with serve() as (server, url), connect(url, cache=tmp_path if cached else None) as client:
+        assert [c.text for c in client.sample(ask("a b", temperature=0.0), 3)] == ["A B"] * 3
+        assert len(server.bodies) == 3 and not any("n" in body for body in server.bodies)
+        assert client.totals.prompt_tokens == 3 * 7
+
+
 def test_server_that_ignores_n_is_refused_with_advice():
     choice = {"index": 0, "message": {"content": "x"}, "finish_reason": "stop"}
     with serve([("raw", {"choices": [choice]})]) as (_, url), connect(url) as client:
