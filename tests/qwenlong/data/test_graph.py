@@ -424,8 +424,8 @@ def test_shape_of_samples(samples):
         assert sample.question[-1] in "?." and "  " not in sample.question
         assert "{" not in sample.question and sample.question[0].isupper()
         if sample.derivation["template"] == "common_cause":
-            is_list = re.search(r", \S+ and ", sample.question) is not None
-            assert ("both" in sample.question) is not is_list
+            are_two = re.search(r"(?:modules|deleted,) [^\s,]+ and ", sample.question)
+            assert ("both" in sample.question) is (are_two is not None), sample.question
         splits = {SourceDocument(text=d.text, source="x").split for d in sample.documents}
         assert splits == {sample.split}
     subtypes = [s.subtype for s in samples]
