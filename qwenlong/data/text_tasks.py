@@ -33,6 +33,7 @@ from qwenlong.types import Document, Evidence, Sample
 __all__ = ["choice_samples", "dialogue_samples", "reading_samples"]
 
 _MAX_DOCUMENT_CHARS = 400_000  # about 100K tokens: more leaves no room for anything else
+_SAME_ANSWER_SHARE = 0.15  # of the open questions of a subtype: more is soon guessed
 
 Rule = Callable[[SourceDocument, Any, random.Random], Iterator[Item]]
 
@@ -100,18 +101,25 @@ def _samples(
     for queue in queues:
         rng.shuffle(queue)
     seen: set[str] = set()
+    given: Counter[tuple[str, str]] = Counter()  # open answers of a subtype
+    asked: Counter[str] = Counter()
     made = 0
     while queues and made < limit:
         for queue in list(queues):
             sample = None
             while queue and sample is None:
                 document, item = queue.pop()
-                if item.question not in seen:
+                key = (item.subtype, normalize_answer(item.answer))
+                most = max(2, _SAME_ANSWER_SHARE * (asked[item.subtype] + 1))
+                is_usual = route == "reading" and given[key] + 1 > most
+                if item.question not in seen and not is_usual:
                     sample = _sample(route, document, item, rng)
             if sample is None:
                 queues.remove(queue)
                 continue
             seen.add(item.question)
+            given[key] += 1
+            asked[item.subtype] += 1
             yield sample
             made += 1
             if made >= limit:

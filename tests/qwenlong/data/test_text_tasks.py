@@ -206,6 +206,14 @@ def test_places_of_the_right_option_are_uniform(choices):
     assert all(len({" ".join(c.casefold().split()) for c in s.choices}) == 4 for s in choices)
 
 
+def test_no_open_answer_is_the_usual_one(readings):
+    given = {}
+    for sample in readings:
+        given.setdefault(sample.subtype, Counter())[sample.answers[0]] += 1
+    for subtype, answers in given.items():
+        assert max(answers.values()) <= max(2, 0.15 * answers.total()), (subtype, answers)
+
+
 def test_thousands_of_questions(documents):
     for route in (choice_samples, reading_samples):
         samples = list(route(documents, seed=5, limit=1500))
