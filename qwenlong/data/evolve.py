@@ -18,7 +18,7 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,7 @@ def evolve_samples(
     limit: int,
     task_type: str = "viewpoint",
     rounds: int = 4,
+    max_tokens: int | None = None,
     config: EvolveConfig | None = None,
     dropped: Counter[str] | None = None,
 ) -> Iterator[Sample]:
@@ -104,12 +105,15 @@ def evolve_samples(
 
     Args:
         task_type: of ``prompts_synth.TASK_TYPES``.
+        max_tokens: of a reply; None leaves it to ``config``. A recipe gives its model's.
         config: its ``rounds`` is replaced by ``rounds``.
         dropped: counts proposals that gave no sample, by reason.
     """
     if task_type not in TASK_TYPES:
         raise ValueError(f"evolve: unknown task type {task_type!r}; choose of {list(TASK_TYPES)}")
-    config = EvolveConfig(**{**vars(config or EvolveConfig()), "rounds": rounds})
+    config = replace(config or EvolveConfig(), rounds=rounds)
+    if max_tokens is not None:
+        config = replace(config, max_tokens=max_tokens)
     agents = Agents(client, config, dropped if dropped is not None else Counter())
     made = 0
     for members in document_sets(documents, config.documents, seed):

@@ -370,6 +370,7 @@ def _compose_part(job: tuple[Run, int, int, int, int, int]) -> None:
         seed=seed,
         limit=limit,
         client=_client(run),
+        max_tokens=recipe.model.max_tokens if recipe.model else None,
         extracted=_extracted(run, numbers),
     )
     group = {"group": [int(numbers[0]), int(numbers[-1])]}

@@ -1,8 +1,10 @@
 """The routes by name, and the model that some of them and some filters ask.
 
 A route is a function ``(documents, *, seed, limit, **options) -> Iterator[Sample]``; one that takes
-``client`` gets the recipe's model, or None; one that takes ``extracted`` gets the triples that the
-model read out of the documents. Its samples hold evidence documents alone, all of one split.
+``client`` gets the recipe's model, or None; one that takes ``max_tokens`` gets the bound that the
+recipe sets on that model's replies, unless its options name another; one that takes ``extracted``
+gets the triples that the model read out of the documents. Its samples hold evidence documents
+alone, all of one split.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ def route_samples(
     seed: int,
     limit: int,
     client: Client | None,
+    max_tokens: int | None = None,
     extracted: Sequence[Triple] = (),
 ) -> Iterator[Sample]:
     """Run one route. ``route.route`` is a name of ``ROUTES`` or ``module:function``."""
@@ -55,6 +58,8 @@ def route_samples(
     options: dict[str, Any] = dict(route.options)
     if "client" in parameters:
         options["client"] = client
+    if "max_tokens" in parameters:
+        options.setdefault("max_tokens", max_tokens)
     if "extracted" in parameters:
         options["extracted"] = extracted
     return map(_with_reward, function(documents, seed=seed, limit=limit, **options))

@@ -10,6 +10,8 @@ import pytest
 
 from qwenlong.data.documents import SourceDocument
 from qwenlong.data.evolve import EvolveConfig, document_sets, evolve_samples
+from qwenlong.data.recipe import RouteConfig
+from qwenlong.data.routes import route_samples
 from qwenlong.llm import RequestRefused, ScriptedClient, ServerUnavailable
 from qwenlong.prompts_synth import TASK_TYPES
 from qwenlong.types import Sample
@@ -369,3 +371,21 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="votes is 0"):
         EvolveConfig(votes=0)
     assert list(evolve_samples([], client=Agents(), seed=0, limit=3)) == []
+
+
+def test_replies_are_as_long_as_the_recipe_says():
+    def longest(options, max_tokens):
+        client = Agents()
+        route = RouteConfig(route="evolve", limit=1, options=options)
+        made = list(
+            route_samples(
+                route, _documents(), seed=0, limit=1, client=client, max_tokens=max_tokens
+            )
+        )
+        assert len(made) == 1
+        (bound,) = {request.sampling.max_tokens for request in client.calls}
+        return bound
+
+    assert longest({}, 321) == 321
+    assert longest({"max_tokens": 123}, 321) == 123
+    assert longest({}, None) == EvolveConfig().max_tokens
