@@ -66,6 +66,7 @@ def multihop_samples(
     hops: tuple[int, int] = (2, 6),
     extracted: Iterable[Triple] = (),
     client: Client | None = None,
+    max_tokens: int = 2048,
 ) -> Iterator[Sample]:
     """Multi-hop questions, deterministic in ``documents`` and ``seed``.
 
@@ -77,6 +78,8 @@ def multihop_samples(
         extracted: facts that a model read out of the documents.
         client: a model that reads facts out of the documents that carry none; None leaves those
             documents out.
+        max_tokens: of a reply. With that of the readings that gave ``extracted``, the client's
+            cache answers for documents that were read there.
 
     Yields:
         Samples of task ``multihop_qa`` with subtype ``multi_fact``, ``temporal``, ``causal`` or
@@ -92,7 +95,7 @@ def multihop_samples(
         from qwenlong.data.extract import Reader, model_triples
 
         unread = [d for d in documents if "triples" not in d.meta and d.kind in PROSE_KINDS]
-        extracted += model_triples(Reader(client), unread)
+        extracted += model_triples(Reader(client, max_tokens=max_tokens), unread)
     for triple in extracted:
         if triple.doc not in by_id or triple.end > len(by_id[triple.doc].text):
             raise ValueError(

@@ -58,7 +58,7 @@ def route_samples(
     options: dict[str, Any] = dict(route.options)
     if "client" in parameters:
         options["client"] = client
-    if "max_tokens" in parameters:
+    if "max_tokens" in parameters and max_tokens is not None:
         options.setdefault("max_tokens", max_tokens)
     if "extracted" in parameters:
         options["extracted"] = extracted

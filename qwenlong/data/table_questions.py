@@ -52,6 +52,7 @@ def table_samples(
     paraphrase: bool = True,
     written_share: float = 0.25,
     read_tables: bool = False,
+    max_tokens: int = 2048,
     dropped: Counter[str] | None = None,
 ) -> Iterator[Sample]:
     """Samples of task ``corpus_numeric``, all different, the subtypes in turn.
@@ -65,6 +66,7 @@ def table_samples(
             SQL of its own for about ``written_share`` of the tries. None: templates alone.
         read_tables: the model also reads tables out of the other documents, those of one source
             together (``extract.model_tables``). The rows that it read are in the derivation.
+        max_tokens: of a reply of the model.
         dropped: counts documents and drafts that were not used, by reason.
     """
     dropped = dropped if dropped is not None else Counter()
@@ -75,9 +77,9 @@ def table_samples(
     else:
         from qwenlong.data.table_writing import TableWriter
 
-        writer = TableWriter(client, dropped)
+        writer = TableWriter(client, dropped, max_tokens=max_tokens)
         if read_tables:
-            tables += _read_tables(client, documents, dropped)
+            tables += _read_tables(client, documents, dropped, max_tokens)
     rng = random.Random(f"{seed}/tables")
     seen: set[str] = set()
     made = failures = 0
@@ -111,7 +113,7 @@ def table_samples(
 
 
 def _read_tables(
-    client: Client, documents: Sequence[SourceDocument], dropped: Counter[str]
+    client: Client, documents: Sequence[SourceDocument], dropped: Counter[str], max_tokens: int
 ) -> list[CorpusTable]:
     from qwenlong.data.extract import Reader, model_tables
 
@@ -119,7 +121,7 @@ def _read_tables(
     for document in documents:
         if document.kind not in ("table", "markdown"):
             by_source.setdefault(document.source, []).append(document)
-    reader = Reader(client, dropped=dropped)
+    reader = Reader(client, max_tokens=max_tokens, dropped=dropped)
     return [
         table
         for source, members in by_source.items()

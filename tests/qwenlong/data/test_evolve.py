@@ -389,3 +389,12 @@ def test_replies_are_as_long_as_the_recipe_says():
     assert longest({}, 321) == 321
     assert longest({"max_tokens": 123}, 321) == 123
     assert longest({}, None) == EvolveConfig().max_tokens
+
+
+@pytest.mark.parametrize("name, options", [("multihop", {}), ("tables", {"read_tables": True})])
+def test_routes_that_read_with_a_model_keep_the_recipe_s_bound(name, options):
+    client = ScriptedClient(lambda messages: "no JSON")
+    route = RouteConfig(route=name, limit=1, options=options)
+    documents = _documents()
+    assert not list(route_samples(route, documents, seed=0, limit=1, client=client, max_tokens=321))
+    assert {request.sampling.max_tokens for request in client.calls} == {321}
