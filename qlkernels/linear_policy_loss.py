@@ -31,16 +31,13 @@ from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._online import swizzled_tile
 from qlkernels._scores import TokenScores
-from qlkernels._target import is_capturing, is_interpreting, why_not_triton
+from qlkernels._target import is_capturing, why_not_triton
 from qlkernels._triton import tl, triton
 from qlkernels.linear_logprob import autocast_operands, linear_logprob, linear_logprob_ref
 from qlkernels.linear_logprob.kernels import (
     FOLD_CONFIG,
-    TARGET_CONFIG,
     launch_options,
     load_pair,
-    precision,
-    target_logit_kernel,
     uses_tma,
 )
 from qlkernels.linear_logprob.passes import (
@@ -51,6 +48,7 @@ from qlkernels.linear_logprob.passes import (
     backward,
     forward,
     matmul,
+    target_logits,
 )
 from qlkernels.policy_loss import (
     RULE_OF,
@@ -341,15 +339,7 @@ def _chunk_triton(call: _Call, w, index, grads, scores) -> None:
     (n, H), V = x.shape, w.shape[0]
     taus = tau if isinstance(tau, torch.Tensor) else None
     z_y = torch.empty(n, dtype=torch.float32, device=x.device)
-    block_t, block_h, warps, stages = TARGET_CONFIG[x.element_size()]
-    if is_interpreting():
-        block_t, block_h = 16, 16
-    target_logit_kernel[(triton.cdiv(n, block_t),)](
-        x, w, call.bias, y, z_y, x.stride(0), w.stride(0), n, V, H, scale, 0.0,
-        HAS_BIAS=call.bias is not None, HAS_SOFTCAP=False, UPCAST=is_interpreting(),
-        PRECISION=precision(x), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
-        num_stages=stages,
-    )  # fmt: skip
+    target_logits(x, w, call.bias, y, z_y, scale, None)
     h = z_y
     if call.rows["old_logprobs"] is not None:
         h = z_y - tau * call.rows["old_logprobs"][index]

@@ -102,6 +102,20 @@ def forward(x, w, bias, target_ids, options):
     return out
 
 
+def target_logits(x, w, bias, target_ids, out, scale, cap) -> None:
+    """Write z of each row's target into ``out``, fp32 ``[T]``, with the bits of the fold's GEMM."""
+    (T, H), V = x.shape, w.shape[0]
+    block_t, block_h, warps, stages = TARGET_CONFIG[x.element_size()]
+    if is_interpreting():
+        block_t, block_h = 16, 16
+    target_logit_kernel[(triton.cdiv(T, block_t),)](
+        x, w, bias, target_ids, out, x.stride(0), w.stride(0), T, V, H, scale, cap or 0.0,
+        HAS_BIAS=bias is not None, HAS_SOFTCAP=cap is not None, UPCAST=is_interpreting(),
+        PRECISION=precision(x), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+
+
 def _forward_triton(x, w, bias, target_ids, options, out):
     T, H = x.shape
     V = w.shape[0]
@@ -109,14 +123,7 @@ def _forward_triton(x, w, bias, target_ids, options, out):
     use_tma = uses_tma(x, w)
     flags = dict(HAS_BIAS=bias is not None, HAS_SOFTCAP=cap is not None)
     per_row = dict(HAS_TEMPERATURE=isinstance(tau, torch.Tensor))
-    block_t, block_h, warps, stages = TARGET_CONFIG[x.element_size()]
-    if is_interpreting():
-        block_t, block_h = 16, 16
-    target_logit_kernel[(triton.cdiv(T, block_t),)](
-        x, w, bias, target_ids, out[3], x.stride(0), w.stride(0), T, V, H, scale, cap or 0.0,
-        **flags, UPCAST=is_interpreting(), PRECISION=precision(x), BLOCK_T=block_t,
-        BLOCK_H=block_h, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    target_logits(x, w, bias, target_ids, out[3], scale, cap)
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
     block_v = launch_options(FOLD_CONFIG, x, w, use_tma)[1]["BLOCK_V"]
     n_parts = -(-V // block_v)
