@@ -7,10 +7,11 @@ import pytest
 import qlkernels
 
 OPS = [
-    "linear_logprob", "linear_policy_loss", "logprob_entropy", "policy_loss", "targets_from_labels",
-    "token_entropy",
+    "linear_logprob", "linear_policy_loss", "logprob_entropy", "pack_groups", "policy_loss",
+    "targets_from_labels", "token_entropy",
 ]  # fmt: skip
 RESULTS = ["LinearPolicyLoss", "PolicyLoss", "TokenScores"]
+LAYOUTS = ["PackedGroups"]
 
 
 def test_names():
@@ -19,7 +20,7 @@ def test_names():
         for name, value in vars(qlkernels).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
-    assert public == {*OPS, *RESULTS}
+    assert public == {*OPS, *RESULTS, *LAYOUTS}
 
 
 @pytest.mark.parametrize("name", OPS)
