@@ -12,7 +12,7 @@ appendix D, in our own words.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from qwenlong.types import Sample
@@ -24,6 +24,7 @@ Message = dict[str, str]  # {"role": ..., "content": ...}
 DOCUMENT = """<document index="{index}" title="{title}">
 {text}
 </document>"""
+DOCUMENT_GAP = "\n\n"
 
 FULL_CONTEXT = """Read the documents between the <documents> tags. The question after them must be \
 answered from what they say.
@@ -262,16 +263,19 @@ def question_with_choices(question: str, choices: tuple[str, ...] | list[str] | 
     return "\n".join([question, *lines])
 
 
-def document_block(
-    documents: tuple[tuple[str, str | None, str | None], ...],
+def document_blocks(
+    documents: Iterable[tuple[str, str | None, str | None]],
     resolve: Callable[[str], str] | None = None,
-) -> str:
-    """Documents ``(title, text, ref)`` in order, numbered from 1, with their titles.
+    *,
+    first: int = 1,
+) -> Iterator[str]:
+    """Documents ``(title, text, ref)`` as the reader sees them, one at a time, numbered on.
 
-    ``resolve`` maps a ref (sha256) to its text.
+    Args:
+        resolve: maps a ref (sha256) to its text.
+        first: number of the first document.
     """
-    blocks = []
-    for index, (title, text, ref) in enumerate(documents, 1):
+    for index, (title, text, ref) in enumerate(documents, first):
         if text is None:
             if resolve is None:
                 raise ValueError(
@@ -280,8 +284,18 @@ def document_block(
                 )
             text = resolve(ref)
         shown = " ".join(title.replace('"', "'").split()) or f"Document {index}"
-        blocks.append(fill(DOCUMENT, index=str(index), title=shown, text=text))
-    return "\n\n".join(blocks)
+        yield fill(DOCUMENT, index=str(index), title=shown, text=text)
+
+
+def document_block(
+    documents: tuple[tuple[str, str | None, str | None], ...],
+    resolve: Callable[[str], str] | None = None,
+) -> str:
+    """Documents ``(title, text, ref)`` in order, numbered from 1, with their titles.
+
+    ``resolve`` maps a ref (sha256) to its text.
+    """
+    return DOCUMENT_GAP.join(document_blocks(documents, resolve))
 
 
 def render(
