@@ -7,10 +7,11 @@ import pytest
 import qlkernels
 
 OPS = [
-    "linear_logprob", "linear_policy_loss", "logprob_entropy", "pack_groups", "policy_loss",
-    "targets_from_labels", "token_entropy",
+    "build_expert_index", "linear_logprob", "linear_policy_loss", "load_balancing_loss",
+    "logprob_entropy", "moe_route", "pack_groups", "policy_loss", "targets_from_labels",
+    "token_entropy",
 ]  # fmt: skip
-RESULTS = ["LinearPolicyLoss", "PolicyLoss", "TokenScores"]
+RESULTS = ["ExpertIndex", "LinearPolicyLoss", "PolicyLoss", "Routing", "TokenScores"]
 LAYOUTS = ["PackedGroups"]
 
 
