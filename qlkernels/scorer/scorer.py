@@ -1,0 +1,379 @@
+"""The public class: a model, a way to hold its weights, and passes over packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qlkernels._scores import TokenScores
+from qlkernels.linear_logprob import linear_logprob
+from qlkernels.prefix_group import PackedGroups
+from qlkernels.scorer.checkpoint import Checkpoint
+from qlkernels.scorer.decoder import Decoder, find_parts, named_layer
+from qlkernels.scorer.elementwise import rms_norm
+from qlkernels.scorer.layer import Pass, run_layer
+from qlkernels.scorer.rows import Rows, rows_of
+from qlkernels.scorer.weights import (
+    LayerLayout,
+    ResidentWeights,
+    StreamedWeights,
+    host_buffer,
+    layouts_of,
+)
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CHUNK_TOKENS = {"cuda": 32_768, "cpu": 1024}
+
+
+class Scorer:
+    """Scores tokens under a transformers decoder, layer by layer over packed rows.
+
+    Families: Llama, Qwen2, Qwen3 and Qwen3-MoE with full attention. The weights are used where they
+    are; with ``stream_weights`` they move to host memory and come to the device one layer at a
+    time. Every pass runs without gradient.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        stream_weights: bool = False,
+        device: torch.device | str | None = None,
+        chunk_tokens: int | None = None,
+    ):
+        """
+        Args:
+            model: a ``...ForCausalLM`` of transformers, in one dtype, fp32, bf16 or fp16.
+            stream_weights: keep the layers in host memory (page-locked where ``device`` is a GPU;
+                the model's own parameters move there, so that there is one copy) and two of them
+                on the device.
+            device: where passes run. By default the model's, or with ``stream_weights`` the GPU
+                where there is one.
+            chunk_tokens: rows that projections, MLP and experts work on at a time.
+
+        Raises:
+            ValueError: a family, option or structure that is not supported, by name.
+        """
+        self.decoder = Decoder.of_config(model.config)
+        base, head = find_parts(model)
+        if head.bias is not None:
+            raise ValueError("Scorer: a head with a bias is not supported")
+        dtype, where = _common_dtype_and_device(model)
+        if device is None:
+            on_gpu = stream_weights and torch.cuda.is_available()
+            device = "cuda" if on_gpu else where
+        self.device = torch.device(device)
+        ends = {
+            "embedding": base.embed_tokens.weight.detach(),
+            "norm": base.norm.weight.detach(),
+            "head": head.weight.detach(),
+        }
+        layers = [named_layer(self.decoder, i, m) for i, m in enumerate(base.layers)]
+        if len(layers) != self.decoder.layers:
+            raise ValueError(
+                f"Scorer: the config has {self.decoder.layers} layers, the model {len(layers)}"
+            )
+        if stream_weights:
+            outer = {"embedding": base.embed_tokens, "norm": base.norm, "head": head}
+            self._weights = _stream_model(self.decoder, base.layers, outer, dtype, self.device)
+        elif where.type != self.device.type:
+            raise ValueError(
+                f"Scorer: the model is on {where} and device is {self.device}; move it there, or "
+                "use stream_weights=True"
+            )
+        else:
+            self._weights = ResidentWeights(layers, ends)
+        self._finish(base.rotary_emb, chunk_tokens)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        stream_weights: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        chunk_tokens: int | None = None,
+        on_layer_loaded: Callable[[int, int], None] | None = None,
+    ) -> Scorer:
+        """A scorer whose weights go from the safetensors shards straight to their place.
+
+        Args:
+            folder: of a transformers model; nothing is downloaded, no code from it is run.
+            stream_weights: layers lie in page-locked host memory, or on the CPU stay on disk.
+            dtype: of the weights and of every pass; that of the checkpoint if None.
+            device: the GPU where there is one, if None.
+            chunk_tokens: as in the constructor.
+            on_layer_loaded: called with (layers loaded, layers in all).
+
+        Raises:
+            FileNotFoundError: a shard is missing.
+            ValueError: a tensor is missing or has another shape; a family that is not supported.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self = cls.__new__(cls)
+        self.decoder = decoder = Decoder.of_config(config)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or config.dtype or torch.bfloat16
+        _check_dtype(dtype)
+        checkpoint = Checkpoint(folder)
+        on_host = stream_weights
+        ends = _read_ends(checkpoint, decoder, dtype, self.device, on_host)
+        layouts = layouts_of(decoder, dtype)
+        report = on_layer_loaded or (lambda _done, _total: None)
+        if stream_weights and self.device.type != "cuda":
+            self._weights = StreamedWeights(
+                layouts, ends, self.device, checkpoint.read_layer_into, None
+            )
+        else:
+            flats = []
+            for i, layout in enumerate(layouts):
+                flats.append(
+                    host_buffer(layout.bytes, self.device)
+                    if on_host
+                    else torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
+                )
+                checkpoint.read_layer_into(i, layout.views(flats[-1]))
+                report(i + 1, decoder.layers)
+            if on_host:
+                self._weights = StreamedWeights(layouts, ends, self.device, _no_fill, flats)
+            else:
+                named = [a.views(b) for a, b in zip(layouts, flats, strict=True)]
+                self._weights = ResidentWeights(named, ends)
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(config)
+        # buffers of a model on the meta device are empty: the rotary embedding is made again
+        self._finish(type(find_parts(shell)[0].rotary_emb)(config), chunk_tokens)
+        return self
+
+    def _finish(self, rotary: torch.nn.Module, chunk_tokens: int | None) -> None:
+        _check_dtype(self._weights.dtype)
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(f"Scorer: chunk_tokens must be at least 1, got {chunk_tokens}")
+        self._rotary = rotary
+        self.chunk_tokens = chunk_tokens or _CHUNK_TOKENS[self.device.type]
+
+    # --- passes --------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self,
+        inputs: torch.Tensor | PackedGroups,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        positions: str | torch.Tensor = "all",
+        temperature: float | torch.Tensor = 1.0,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> TokenScores:
+        """Log-probability, entropy and log-sum-exp of the token after each row, in nats.
+
+        Args:
+            inputs: ``input_ids [T]``, or the layout of ``pack_groups``, whose prompts are read
+                once for all of their answers.
+            cu_seqlens: ``[B + 1]`` borders of the packed sequences; one sequence if None.
+            positions: ``"all"`` rows that have a target, the ``"answers"`` of a layout, or a mask
+                bool ``[T]``. Other rows cost no work in the head and return 0.
+            temperature: positive; a float, or fp32 ``[T]``.
+            on_layer: called with (layers done, layers in all); waits for the layer before.
+
+        Returns:
+            ``TokenScores``, fp32 ``[T]`` on the device of the scorer. Row t scores the token that
+            follows it; the last row of a plain sequence has none and returns 0.
+
+        Raises:
+            ValueError: ids outside the vocabulary, a sequence longer than the model's positions,
+                borders or masks that do not fit.
+        """
+        rows = rows_of(inputs, cu_seqlens, positions, self.decoder, self.device)
+        T = len(rows)
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature.to(self.device)
+        if T == 0:
+            return TokenScores(*(torch.zeros(0, device=self.device) for _ in range(3)))
+        x = self._last_hidden_states(rows, on_layer)
+        scores = TokenScores(*(torch.zeros(T, device=self.device) for _ in range(3)))
+        head, norm = self._weights.end("head"), self._weights.end("norm")
+        for part in self._chunks(T):
+            found = linear_logprob(
+                rms_norm(x[part], norm, self.decoder.eps),
+                head,
+                rows.target_ids[part],
+                temperature=temperature[part]
+                if isinstance(temperature, torch.Tensor)
+                else temperature,
+                row_mask=rows.is_scored[part],
+            )
+            for whole, piece in zip(scores, found, strict=True):
+                whole[part] = piece
+        return scores
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        inputs: torch.Tensor | PackedGroups,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Last hidden states after the final norm, ``chunk_tokens`` rows at a time.
+
+        Args:
+            inputs, cu_seqlens, on_layer: as in ``score``.
+
+        Yields:
+            ``(rows, [rows, H])`` in order, for a head of one's own.
+        """
+        rows = rows_of(inputs, cu_seqlens, "all", self.decoder, self.device)
+        if len(rows) == 0:
+            return
+        x = self._last_hidden_states(rows, on_layer)
+        norm = self._weights.end("norm")
+        for part in self._chunks(len(rows)):
+            yield part, rms_norm(x[part], norm, self.decoder.eps)
+
+    def _last_hidden_states(
+        self, rows: Rows, on_layer: Callable[[int, int], None] | None
+    ) -> torch.Tensor:
+        """The residual stream ``[T, H]`` behind the last layer."""
+        x = self._weights.embed(rows.input_ids)
+        cos, sin = self._rotation(rows.position_ids)
+        step = Pass(self.decoder, cos, sin, _attention(rows), self.chunk_tokens)
+        for i, weights in enumerate(self._weights.layers()):
+            run_layer(x, i, weights, step)
+            if on_layer is not None:
+                on_layer(i + 1, self.decoder.layers)
+        return x
+
+    def _rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        like = torch.empty(0, dtype=self._weights.dtype, device=self.device)
+        half = self.decoder.head_dim // 2
+        cos, sin = self._rotary(like, position_ids[None])
+        # both halves of a head turn by the same angles
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def _chunks(self, T: int) -> list[slice]:
+        return [slice(a, min(T, a + self.chunk_tokens)) for a in range(0, T, self.chunk_tokens)]
+
+
+def _attention(rows: Rows) -> Callable:
+    """Causal attention of every sequence; an answer of a group sees its prompt too."""
+
+    def sdpa(q, k, v, **options):
+        q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
+        return out[0].transpose(0, 1)
+
+    def attend(q, k, v):
+        out = torch.empty_like(q)
+        borders = rows.cu_seqlens.tolist()
+        prefix_of = range(len(borders) - 1)
+        if rows.layout is not None:
+            prefix_of = rows.layout.prefix_of.tolist()
+        for s, (a, b) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+            if a == b:
+                continue
+            if prefix_of[s] == s:
+                out[a:b] = sdpa(q[a:b], k[a:b], v[a:b], is_causal=True)
+                continue
+            pa, pb = borders[prefix_of[s]], borders[prefix_of[s] + 1]
+            mask = torch.ones(b - a, pb - pa + b - a, dtype=torch.bool).tril(pb - pa)
+            keys, values = (torch.cat([y[pa:pb], y[a:b]]) for y in (k, v))
+            out[a:b] = sdpa(q[a:b], keys, values, attn_mask=mask.to(q.device))
+        return out
+
+    return attend
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(f"Scorer: weights must be fp32, bf16 or fp16, got {dtype}")
+
+
+def _common_dtype_and_device(model: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
+    first = None
+    for name, p in model.named_parameters():
+        found = (p.dtype, p.device)
+        if p.device.type == "meta":
+            raise ValueError(f"Scorer: {name} is on the meta device; use Scorer.from_folder")
+        if first is not None and found != first[1]:
+            raise ValueError(
+                f"Scorer: {name} is {p.dtype} on {p.device}, but {first[0]} is {first[1][0]} on "
+                f"{first[1][1]}; one dtype and one device are needed"
+            )
+        first = first or (name, found)
+    return first[1]
+
+
+def _stream_model(
+    decoder: Decoder,
+    modules: Any,
+    outer: dict[str, torch.nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> StreamedWeights:
+    """Move a model to host buffers, a layer at a time, and let its parameters live there."""
+    layouts = layouts_of(decoder, dtype)
+    flats = [_move_to_host(m, a, device) for m, a in zip(modules, layouts, strict=True)]
+
+    def fill(layer: int, out: dict[str, torch.Tensor]) -> None:
+        for name, view in layouts[layer].views(flats[layer]).items():
+            out[name].copy_(view)
+
+    moved: dict[int, torch.Tensor] = {}  # a tied head is one parameter
+    ends = {}
+    for name, module in outer.items():
+        key = id(module.weight)
+        if key not in moved:
+            layout = LayerLayout({"weight": tuple(module.weight.shape)}, dtype)
+            moved[key] = layout.views(_move_to_host(module, layout, device))["weight"]
+        ends[name] = moved[key]
+    return StreamedWeights(layouts, ends, device, fill, flats)
+
+
+def _move_to_host(
+    module: torch.nn.Module, layout: LayerLayout, device: torch.device
+) -> torch.Tensor:
+    flat = host_buffer(layout.bytes, device)
+    views = layout.views(flat)
+    for name, parameter in module.named_parameters():
+        views[name].copy_(parameter.detach())
+        parameter.data = views[name]
+    return flat
+
+
+def _read_ends(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_host: bool,
+) -> dict[str, torch.Tensor]:
+    names = {
+        "embedding": ("model.embed_tokens.weight", (decoder.V, decoder.H)),
+        "norm": ("model.norm.weight", (decoder.H,)),
+        "head": ("lm_head.weight", (decoder.V, decoder.H)),
+    }
+    ends = {}
+    for end, (name, shape) in names.items():
+        if end == "head" and decoder.is_tied:
+            ends[end] = ends["embedding"]
+            continue
+        layout = LayerLayout({name: shape}, dtype)
+        flat = (
+            host_buffer(layout.bytes, device)
+            if on_host
+            else torch.empty(layout.bytes, dtype=torch.uint8, device=device)
+        )
+        ends[end] = layout.views(flat)[name]
+        checkpoint.read_into(name, ends[end])
+    return ends
+
+
+def _no_fill(_layer: int, _out: dict[str, torch.Tensor]) -> None:
+    """Layers in page-locked memory need no one to write them."""
