@@ -167,7 +167,7 @@ def aot_variants():
     return found
 
 
-_EXP_CONFIG = FOLD_CONFIG | {("tma-sm90", 2): (256, 128, 64, 8, 8, 3)}
+_EXP_CONFIG = FOLD_CONFIG | {("tma-sm90", 2): (256, 128, 64, 16, 8, 3)}
 
 # --- one call ----------------------------------------------------------------
 

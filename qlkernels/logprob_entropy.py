@@ -206,9 +206,9 @@ def _logprob_entropy_bwd_kernel(
         tl.store(drow_ptr + offs_v, dr.to(dlogits_ptr.dtype.element_ty), mask=mask_v)
 
 
-# (BLOCK_V, num_warps): 16 elements a lane, two 16-byte loads of bf16
-_FWD_CONFIG = (4096, 8)
-_BWD_CONFIG = (4096, 8)
+# (BLOCK_V, num_warps)
+_FWD_CONFIG = (4096, 4)
+_BWD_CONFIG = (4096, 16)
 
 
 def _block_v(V: int, config: tuple[int, int]) -> tuple[int, int]:

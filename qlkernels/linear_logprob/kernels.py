@@ -249,16 +249,24 @@ def dlogits_kernel(
 
 # (BLOCK_T, BLOCK_V, BLOCK_H, GROUP_T, num_warps, num_stages) by (path, bytes of an element)
 FOLD_CONFIG = {
-    ("tma-sm90", 2): (256, 128, 64, 8, 8, 4),
+    ("tma-sm90", 2): (128, 256, 64, 8, 8, 3),
     ("tma-sm100", 2): (128, 128, 64, 8, 8, 4),
     ("pointer", 2): (128, 128, 32, 8, 8, 4),
     ("pointer", 4): (64, 64, 32, 8, 4, 3),
     ("interpreter", 2): (16, 32, 16, 2, 1, 1),
     ("interpreter", 4): (16, 32, 16, 2, 1, 1),
 }
-DLOGITS_CONFIG = FOLD_CONFIG | {("tma-sm90", 2): (128, 128, 64, 8, 8, 4)}
+DLOGITS_CONFIG = FOLD_CONFIG | {("tma-sm90", 2): (128, 256, 64, 16, 8, 3)}
+# with a bias, a soft-cap or a ragged V the larger tile spills
+DLOGITS_EXTRA_CONFIG = FOLD_CONFIG | {("tma-sm90", 2): (128, 128, 64, 8, 8, 4)}
 TARGET_CONFIG = {2: (64, 64, 4, 4), 4: (64, 32, 4, 3)}  # BLOCK_T, BLOCK_H, num_warps, num_stages
 MERGE_CONFIG = (32, 32)  # BLOCK_T, BLOCK_N
+
+
+def dlogits_config(V: int, has_bias: bool, has_softcap: bool) -> dict:
+    """The table for what the epilogue has to do. V is that of the whole vocabulary."""
+    is_plain = V % 16 == 0 and not has_bias and not has_softcap
+    return DLOGITS_CONFIG if is_plain else DLOGITS_EXTRA_CONFIG
 
 
 def uses_tma(*tensors: torch.Tensor) -> bool:
@@ -369,7 +377,7 @@ def _gemm_variants(path: str, size: int, capabilities: list[int], extra: str) ->
     found = []
     for name, kernel, table, own in (
         ("linear_fold", fold_kernel, FOLD_CONFIG, dict(EVEN_V=extra != "ragged")),
-        ("linear_dlogits", dlogits_kernel, DLOGITS_CONFIG,
+        ("linear_dlogits", dlogits_kernel, DLOGITS_EXTRA_CONFIG if extra else DLOGITS_CONFIG,
          dict(HAS_DLOGPROBS=True, HAS_DENTROPY=True, HAS_DLSE=False)),
     ):  # fmt: skip
         block_t, block_v, block_h, group_t, warps, stages = table[path, size]

@@ -8,10 +8,10 @@ from qlkernels import _ext, _rows
 from qlkernels._target import is_interpreting
 from qlkernels._triton import triton
 from qlkernels.linear_logprob.kernels import (
-    DLOGITS_CONFIG,
     FOLD_CONFIG,
     MERGE_CONFIG,
     TARGET_CONFIG,
+    dlogits_config,
     dlogits_kernel,
     fold_kernel,
     launch_options,
@@ -206,7 +206,8 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
     has_taus = isinstance(tau, torch.Tensor)
     logprobs, entropy, lse, target_z = scores
     use_tma = uses_tma(x, w)
-    tile = launch_options(DLOGITS_CONFIG, x, w, use_tma)[1]["BLOCK_V"]
+    table = dlogits_config(V, bias is not None, cap is not None)
+    tile = launch_options(table, x, w, use_tma)[1]["BLOCK_V"]
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
     # as many values as a [chunk, V] block holds, in whole tiles
     width = min(-(-V // tile) * tile, max(tile, chunk * V // T // tile * tile))
@@ -215,7 +216,7 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
     for first in range(0, V, width):
         columns = slice(first, min(V, first + width))
         n = columns.stop - first
-        operands, launch = launch_options(DLOGITS_CONFIG, x, w[columns], use_tma)
+        operands, launch = launch_options(table, x, w[columns], use_tma)
         dlogits_kernel[(launch["NUM_PROGRAMS"],)](
             *operands, None if bias is None else bias[columns], target_ids,
             tau if has_taus else None, target_z, logprobs, entropy, lse, *grads, block,

@@ -42,7 +42,9 @@ def check(impl, inputs, upstream, floor=1e-5, chunk_tokens=None, **options):
     if impl == "triton" and inputs["hidden_states"].dtype == torch.bfloat16:
         floor = 2**-6  # the interpreter truncates dR to bf16 where the compiler rounds
     elif inputs["hidden_states"].dtype != torch.float32:
-        floor = 2**-9  # dR is rounded once to the operands' dtype before the GEMMs
+        # dR is rounded once to the operands' dtype before the GEMMs, by half an ulp: 2**-9 of bf16,
+        # and where one element is the whole sum nothing averages it
+        floor = 2**-8 if inputs["hidden_states"].dtype == torch.bfloat16 else 2**-9
     for name in truth:
         is_score = name.startswith("out")
         assert_as_accurate(

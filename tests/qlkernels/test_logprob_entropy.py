@@ -358,9 +358,15 @@ def test_gpu_offsets_past_two_to_the_31(impl):
     want = check(impl, tail, target_ids[-3:], last)
     scores = logprob_entropy(logits.requires_grad_(), target_ids, impl=impl)
     for value, name in zip(scores, ("out0", "out1", "out2"), strict=True):
-        assert torch.equal(value[-3:], want[name])
+        if impl == "torch":  # its reductions depend on the number of rows
+            torch.testing.assert_close(value[-3:], want[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(value[-3:], want[name])
     sum((x * g).sum() for x, g in zip(scores, upstream, strict=True)).backward()
-    assert torch.equal(logits.grad[-3:], want["dlogits"])
+    if impl == "torch":
+        torch.testing.assert_close(logits.grad[-3:], want["dlogits"], rtol=2**-8, atol=1e-9)
+    else:
+        assert torch.equal(logits.grad[-3:], want["dlogits"])
     assert (logits.grad[:-3] == 0).all()
 
 
