@@ -200,6 +200,20 @@ written to a memory. Answer the problem from this memory.
 
 Your answer:"""
 
+# Behind a prompt whose reply could not be used.
+AGENT_AGAIN = {
+    "split": """
+
+An earlier reply left out the problem. Write both parts in their tags.""",
+    "read": """
+
+An earlier reply left out the memory, or left it empty though there was one. Write the whole \
+memory between <memory> and </memory>, then the plan between <plan> and </plan>.""",
+    "answer": """
+
+An earlier reply held no answer. Write the answer.""",
+}
+
 # --- filling -----------------------------------------------------------------
 
 
@@ -381,3 +395,15 @@ def agent_final(question: str, instructions: str, memory: str) -> list[Message]:
             memory=memory or AGENT_NO_MEMORY,
         )
     )
+
+
+def agent_again(messages: list[Message], phase: str) -> list[Message]:
+    """The same prompt with a reminder of its form, for a reply that could not be used.
+
+    ``phase`` is ``"split"``, ``"read"`` or ``"answer"``. The reminder comes last, so that a server
+    with a prefix cache computes nothing twice.
+    """
+    return [
+        *messages[:-1],
+        {**messages[-1], "content": messages[-1]["content"] + AGENT_AGAIN[phase]},
+    ]
