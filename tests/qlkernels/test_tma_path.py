@@ -11,7 +11,11 @@ import torch
 
 from qlkernels import linear_logprob, linear_policy_loss
 from qlkernels.linear_logprob import passes
-from qlkernels.linear_logprob.kernels import DLOGITS_CONFIG, FOLD_CONFIG
+from qlkernels.linear_logprob.kernels import (
+    DLOGITS_CONFIG,
+    DLOGITS_EXTRA_CONFIG,
+    FOLD_CONFIG,
+)
 from qlkernels.testing import outputs_and_grads
 
 policy_module = sys.modules["qlkernels.linear_policy_loss"]
@@ -21,7 +25,12 @@ KEY = ("tma-sm90", 4)
 
 @pytest.fixture
 def through_descriptors(monkeypatch):
-    for table in (FOLD_CONFIG, DLOGITS_CONFIG, policy_module._EXP_CONFIG):
+    for table in (
+        FOLD_CONFIG,
+        DLOGITS_CONFIG,
+        DLOGITS_EXTRA_CONFIG,
+        policy_module._EXP_CONFIG,
+    ):
         monkeypatch.setitem(table, KEY, TILE)
     launched, options = [], passes.launch_options
 
