@@ -1,7 +1,6 @@
 """The dashboard: what it draws of known metrics, and that it leaves a run alone."""
 
 import math
-import time
 
 import pytest
 from matplotlib.figure import Figure
@@ -80,23 +79,24 @@ def test_phases_and_means():
     assert moving_mean([]) == []
 
 
-def test_updates_are_rare_and_the_last_has_everything(tmp_path, monkeypatch):
-    drawn = []
+def test_updates_are_rare_and_the_last_has_everything(monkeypatch):
+    clock, drawn = [0.0], []
 
-    def slow(metrics_path, out_png):
-        time.sleep(0.2)
-        drawn.append((metrics_path, out_png))
+    def draw(metrics_path, out_png):
+        drawn.append((metrics_path, out_png, clock[0]))
+        clock[0] += 0.2
 
-    monkeypatch.setattr(train_plot, "draw_dashboard", slow)
+    monkeypatch.setattr(train_plot, "draw_dashboard", draw)
+    monkeypatch.setattr(train_plot.time, "monotonic", lambda: clock[0])
     dashboard = Dashboard("metrics", "picture")
-    started = time.monotonic()
-    for _ in range(100):
+    for seconds in (0.0, 5.0, 10.1, 10.3, 20.0, 25.0):
+        clock[0] = max(clock[0], seconds)
         dashboard.update()
-        time.sleep(0.001)
-    assert len(drawn) == 1  # the next is due 50 * 0.2 s later
-    assert time.monotonic() - started < 10
+        dashboard._thread.join()
+    # Each takes 0.2 s, and the next is due 50 * 0.2 s after its end.
+    assert [round(at, 1) for *_, at in drawn] == [0.0, 10.3, 25.0]
     dashboard.close()
-    assert drawn == [("metrics", "picture")] * 2
+    assert [row[:2] for row in drawn] == [("metrics", "picture")] * 4
 
 
 def test_a_picture_that_fails_does_not_stop_the_run(tmp_path):
