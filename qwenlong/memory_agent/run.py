@@ -106,8 +106,8 @@ async def run_agent(
         sample_index: several samples of one question have indices of their own.
         steps: of an interrupted run: nothing in them is asked again.
         on_step: called with each step when it ends, before the next is asked.
-        record_turns: keep the token ids of every call for training. Needs a tokenizer with a chat
-            template and a client that returns token ids.
+        record_turns: keep the token ids of every call for training. Needs the model's tokenizer
+            and a client that returns token ids.
 
     Raises:
         RequestRefused, ServerUnavailable: from the client; ``steps`` goes on from there.
@@ -202,8 +202,8 @@ class _Runner:
     def __init__(self, client: Client, tokenizer: Any, config: AgentConfig, record_turns: bool):
         self._client, self._tokenizer, self._config = client, tokenizer, config
         self._record_turns = record_turns
-        if record_turns and not hasattr(tokenizer, "apply_chat_template"):
-            raise ValueError("run_agent: record_turns needs a tokenizer with a chat template")
+        if record_turns and not hasattr(tokenizer, "chat_template"):
+            raise ValueError("run_agent: record_turns needs the model's tokenizer, of transformers")
 
     async def run(
         self, task: AgentTask, stream: ChunkStream, before: Sequence[Step], on_step: OnStep
@@ -266,10 +266,12 @@ class _Runner:
 def chat_ids(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], config: AgentConfig
 ) -> list[int]:
-    """Token ids of a prompt as a server's chat template makes them.
+    """Token ids of a prompt as a server's chat template makes them; the bare text without one.
 
     ``config.extra_body["chat_template_kwargs"]`` reaches the template, as in a request.
     """
+    if not tokenizer.chat_template:
+        return tokenizer("\n\n".join(m["content"] for m in messages) + "\n")["input_ids"]
     text = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         add_generation_prompt=True,

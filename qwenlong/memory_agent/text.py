@@ -30,6 +30,7 @@ _BYTES_PER_TOKEN = 6  # read at first; more where it does not fill a chunk
 # A chunk is cut there whatever its tokens: white space may run on for ever in one of them.
 _MOST_BYTES_PER_TOKEN = 256
 _LOOK_AHEAD = 256  # characters behind a cut that tell whether a sentence ends before it
+_LOOK_BEHIND = 64  # and before it, so that an abbreviation there is known
 _BLOCK = 1 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -112,12 +113,14 @@ def cut_at(tokenizer: Any, text: str, max_tokens: int, snap_tokens: int = 0) -> 
 
 
 def _snap(text: str, low: int, high: int) -> int:
-    """The best place to cut in ``(low, high]``."""
-    region = text[low : high + _LOOK_AHEAD]
+    """The best place to cut in ``[low, high]``, not 0."""
+    begin = max(0, low - _LOOK_BEHIND)
+    region = text[begin : high + _LOOK_AHEAD]
     # The last span may end where the region does, which is no end of a sentence.
-    ends = [end for _, end in split_sentences(region)[:-1] if end <= high - low]
+    ends = [begin + end for _, end in split_sentences(region)[:-1]]
+    ends = [end for end in ends if max(1, low) <= end <= high]
     if ends:
-        return low + ends[-1]
+        return ends[-1]
     line = text.rfind("\n", low, high)
     if line >= 0:
         return line + 1
