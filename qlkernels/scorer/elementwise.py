@@ -96,6 +96,7 @@ def _norm_and_rotate_kernel(
 
 
 _ROTATED_ROWS = 32  # rows of a program: 8 KB of bf16 heads of 128
+REFERENCE_ROWS = 1024  # rows of which the eager path holds fp32 copies
 
 
 def _norm_options(H: int) -> dict[str, int]:
@@ -147,10 +148,12 @@ def rms_norm(
     _checks.check_shape("rms_norm", "x", x, "T H", sizes)
     _checks.check_shape("rms_norm", "weight", weight, "H", sizes)
     _checks.check_last_dim_contiguous("rms_norm", "x", x)
-    if _pick("rms_norm", impl, x) == "reference" or not x.shape[0]:
-        return rms_norm_ref(x, weight, eps)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     T, H = x.shape
+    if _pick("rms_norm", impl, x) == "reference" or T == 0:
+        for part, piece in zip(out.split(REFERENCE_ROWS), x.split(REFERENCE_ROWS), strict=True):
+            part.copy_(rms_norm_ref(piece, weight, eps))
+        return out
     with op_range("rms_norm", x):
         _rms_norm_kernel[(T,)](x, weight, out, x.stride(0), H, eps, **_norm_options(H))
     return out
@@ -182,7 +185,8 @@ def norm_and_rotate_(
     if impl == "auto" and D & (D - 1):
         impl = "reference"
     if _pick("norm_and_rotate_", impl, heads) == "reference" or not T:
-        heads.copy_(norm_and_rotate_ref(heads, weight, cos, sin, eps))
+        for part, c, s in zip(*(y.split(REFERENCE_ROWS) for y in (heads, cos, sin)), strict=True):
+            part.copy_(norm_and_rotate_ref(part, weight, c, s, eps))
         return
     rows = T * N
     with op_range("norm_and_rotate_", heads):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from qlkernels.moe_routing import moe_route
 from qlkernels.scorer.decoder import Decoder
 from qlkernels.scorer.elementwise import norm_and_rotate_, rms_norm
 
@@ -93,17 +94,21 @@ def _add_mlp(x: torch.Tensor, w: Weights, step: Pass) -> None:
 
 def _add_experts(x: torch.Tensor, w: Weights, step: Pass) -> None:
     decoder = step.decoder
+    step.mark("elementwise")
+    n = rms_norm(x, w["post_attention_layernorm.weight"], decoder.eps)
+    step.mark("experts")
+    # for all rows at once: the algorithm of a library product may change with their number
+    logits = n @ w["mlp.gate.weight"].T  # [T, E]
+    routing = moe_route(
+        logits, decoder.top_k, norm_topk_prob=decoder.norm_topk_prob, weights_dtype=x.dtype
+    )
     for rows in step.chunks(x.shape[0]):
-        step.mark("elementwise")
-        n = rms_norm(x[rows], w["post_attention_layernorm.weight"], decoder.eps)
-        step.mark("experts")
-        logits = n @ w["mlp.gate.weight"].T  # [T, E]
-        probs, ids = logits.float().softmax(dim=-1).topk(decoder.top_k, dim=-1)
-        if decoder.norm_topk_prob:
-            probs = probs / probs.sum(dim=-1, keepdim=True)
-        weights = probs.to(logits.dtype)
         x[rows] += _mix_experts(
-            n, ids, weights, w["mlp.experts.gate_up_proj"], w["mlp.experts.down_proj"]
+            n[rows],
+            routing.topk_ids[rows],
+            routing.topk_weights[rows].to(x.dtype),
+            w["mlp.experts.gate_up_proj"],
+            w["mlp.experts.down_proj"],
         )
 
 

@@ -16,6 +16,15 @@ from qlkernels.scorer.checkpoint import Checkpoint
 from qlkernels.scorer.decoder import Decoder, find_parts, named_layer
 from qlkernels.scorer.elementwise import rms_norm
 from qlkernels.scorer.layer import Pass, run_layer
+from qlkernels.scorer.memory import (
+    CHUNK_TOKENS,
+    MemoryEstimate,
+    NotEnoughMemory,
+    available_bytes,
+    estimate_memory,
+    host_bytes,
+    what_would_fit,
+)
 from qlkernels.scorer.rows import Rows, rows_of
 from qlkernels.scorer.weights import (
     LayerLayout,
@@ -26,7 +35,6 @@ from qlkernels.scorer.weights import (
 )
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_CHUNK_TOKENS = {"cuda": 32_768, "cpu": 1024}
 
 
 class Scorer:
@@ -44,6 +52,7 @@ class Scorer:
         stream_weights: bool = False,
         device: torch.device | str | None = None,
         chunk_tokens: int | None = None,
+        memory_bytes: int | None = None,
     ):
         """
         Args:
@@ -53,7 +62,10 @@ class Scorer:
                 on the device.
             device: where passes run. By default the model's, or with ``stream_weights`` the GPU
                 where there is one.
-            chunk_tokens: rows that projections, MLP and experts work on at a time.
+            chunk_tokens: rows that projections, MLP and experts work on at a time; by default
+                32,768 on a GPU and 1,024 on the CPU.
+            memory_bytes: the most that a pass may take beside the weights; by default what the
+                device has free when it starts. A pass whose estimate is larger does not start.
 
         Raises:
             ValueError: a family, option or structure that is not supported, by name.
@@ -87,7 +99,7 @@ class Scorer:
             )
         else:
             self._weights = ResidentWeights(layers, ends)
-        self._finish(base.rotary_emb, chunk_tokens)
+        self._finish(base.rotary_emb, chunk_tokens, memory_bytes)
 
     @classmethod
     def from_folder(
@@ -98,6 +110,7 @@ class Scorer:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         chunk_tokens: int | None = None,
+        memory_bytes: int | None = None,
         on_layer_loaded: Callable[[int, int], None] | None = None,
     ) -> Scorer:
         """A scorer whose weights go from the safetensors shards straight to their place.
@@ -107,12 +120,13 @@ class Scorer:
             stream_weights: layers lie in page-locked host memory, or on the CPU stay on disk.
             dtype: of the weights and of every pass; that of the checkpoint if None.
             device: the GPU where there is one, if None.
-            chunk_tokens: as in the constructor.
+            chunk_tokens, memory_bytes: as in the constructor.
             on_layer_loaded: called with (layers loaded, layers in all).
 
         Raises:
             FileNotFoundError: a shard is missing.
             ValueError: a tensor is missing or has another shape; a family that is not supported.
+            NotEnoughMemory: the weights do not fit where they should go.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -124,6 +138,7 @@ class Scorer:
         _check_dtype(dtype)
         checkpoint = Checkpoint(folder)
         on_host = stream_weights
+        _check_room_for_weights(decoder, dtype, self.device, on_host)
         ends = _read_ends(checkpoint, decoder, dtype, self.device, on_host)
         layouts = layouts_of(decoder, dtype)
         report = on_layer_loaded or (lambda _done, _total: None)
@@ -149,15 +164,54 @@ class Scorer:
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
         # buffers of a model on the meta device are empty: the rotary embedding is made again
-        self._finish(type(find_parts(shell)[0].rotary_emb)(config), chunk_tokens)
+        self._finish(type(find_parts(shell)[0].rotary_emb)(config), chunk_tokens, memory_bytes)
         return self
 
-    def _finish(self, rotary: torch.nn.Module, chunk_tokens: int | None) -> None:
+    def _finish(
+        self, rotary: torch.nn.Module, chunk_tokens: int | None, memory_bytes: int | None
+    ) -> None:
         _check_dtype(self._weights.dtype)
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"Scorer: chunk_tokens must be at least 1, got {chunk_tokens}")
         self._rotary = rotary
-        self.chunk_tokens = chunk_tokens or _CHUNK_TOKENS[self.device.type]
+        self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[self.device.type]
+        self.memory_bytes = memory_bytes
+        # called with the name of each part of a pass as it begins, for measurements
+        self.on_part: Callable[[str], None] = lambda _part: None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.dtype
+
+    @property
+    def is_streaming(self) -> bool:
+        return isinstance(self._weights, StreamedWeights)
+
+    def estimate(self, tokens: int) -> MemoryEstimate:
+        """Memory of a pass over ``tokens`` rows on this scorer's device, from sizes alone."""
+        return estimate_memory(self.decoder, tokens, **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return dict(
+            dtype=self.dtype,
+            chunk_tokens=self.chunk_tokens,
+            stream_weights=self.is_streaming,
+            device_type=self.device.type,
+        )
+
+    def _check_memory(self, tokens: int) -> None:
+        available = self.memory_bytes
+        if available is None:
+            available = available_bytes(self.device)
+        if available is None:
+            return
+        needed = self.estimate(tokens).activations
+        if needed > available:
+            raise NotEnoughMemory(
+                f"Scorer: a pass over {tokens} tokens needs {_gb(needed)} beside the weights and "
+                f"{_gb(available)} are free on {self.device}; "
+                f"{what_would_fit(self.decoder, tokens, available, **self._settings())}"
+            )
 
     # --- passes --------------------------------------------------------------
 
@@ -197,21 +251,14 @@ class Scorer:
         if T == 0:
             return TokenScores(*(torch.zeros(0, device=self.device) for _ in range(3)))
         x = self._last_hidden_states(rows, on_layer)
-        scores = TokenScores(*(torch.zeros(T, device=self.device) for _ in range(3)))
-        head, norm = self._weights.end("head"), self._weights.end("norm")
-        for part in self._chunks(T):
-            found = linear_logprob(
-                rms_norm(x[part], norm, self.decoder.eps),
-                head,
-                rows.target_ids[part],
-                temperature=temperature[part]
-                if isinstance(temperature, torch.Tensor)
-                else temperature,
-                row_mask=rows.is_scored[part],
-            )
-            for whole, piece in zip(scores, found, strict=True):
-                whole[part] = piece
-        return scores
+        x = rms_norm(x, self._weights.end("norm"), self.decoder.eps)
+        return linear_logprob(
+            x,
+            self._weights.end("head"),
+            rows.target_ids,
+            temperature=temperature,
+            row_mask=rows.is_scored,
+        )
 
     @torch.no_grad()
     def hidden_states(
@@ -241,24 +288,54 @@ class Scorer:
         self, rows: Rows, on_layer: Callable[[int, int], None] | None
     ) -> torch.Tensor:
         """The residual stream ``[T, H]`` behind the last layer."""
+        self._check_memory(len(rows))
+        self.on_part("embedding")
         x = self._weights.embed(rows.input_ids)
         cos, sin = self._rotation(rows.position_ids)
-        step = Pass(self.decoder, cos, sin, _attention(rows), self.chunk_tokens)
+        step = Pass(self.decoder, cos, sin, _attention(rows), self.chunk_tokens, self.on_part)
+        report = _Progress(on_layer, self.decoder.layers, self.device)
         for i, weights in enumerate(self._weights.layers()):
             run_layer(x, i, weights, step)
-            if on_layer is not None:
-                on_layer(i + 1, self.decoder.layers)
+            report.after(i)
+        self.on_part("head")
         return x
 
     def _rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        T, half = position_ids.shape[0], self.decoder.head_dim // 2
         like = torch.empty(0, dtype=self._weights.dtype, device=self.device)
-        half = self.decoder.head_dim // 2
-        cos, sin = self._rotary(like, position_ids[None])
-        # both halves of a head turn by the same angles
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        cos, sin = (like.new_empty(T, half) for _ in range(2))
+        for part in self._chunks(T):
+            whole = self._rotary(like, position_ids[None, part])
+            # both halves of a head turn by the same angles
+            cos[part], sin[part] = (angles[0, :, :half] for angles in whole)
+        return cos, sin
 
     def _chunks(self, T: int) -> list[slice]:
         return [slice(a, min(T, a + self.chunk_tokens)) for a in range(0, T, self.chunk_tokens)]
+
+
+class _Progress:
+    """Reports a layer when it is done; on a GPU the next one is queued by then, so none waits."""
+
+    def __init__(
+        self, on_layer: Callable[[int, int], None] | None, layers: int, device: torch.device
+    ):
+        self._on_layer, self._layers, self._device = on_layer, layers, device
+        self._queued: list[torch.cuda.Event] = []
+
+    def after(self, layer: int) -> None:
+        if self._on_layer is None:
+            return
+        if self._device.type != "cuda":
+            self._on_layer(layer + 1, self._layers)
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._queued.append(event)
+        last = layer + 1 == self._layers
+        for done in range(layer + 1 - len(self._queued), layer + 1 if last else layer):
+            self._queued.pop(0).synchronize()
+            self._on_layer(done + 1, self._layers)
 
 
 def _attention(rows: Rows) -> Callable:
@@ -288,6 +365,30 @@ def _attention(rows: Rows) -> Callable:
         return out
 
     return attend
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _check_room_for_weights(
+    decoder: Decoder, dtype: torch.dtype, device: torch.device, stream_weights: bool
+) -> None:
+    """Before anything is read."""
+    model = decoder.num_weights() * dtype.itemsize
+    on_disk = stream_weights and device.type != "cuda"
+    free = host_bytes() if stream_weights else available_bytes(device)
+    if free is None or on_disk or model <= free:
+        return
+    if stream_weights:
+        raise NotEnoughMemory(
+            f"Scorer: the weights take {_gb(model)} of host memory and {_gb(free)} are free; free "
+            "some, or run on the CPU, where layers stay on disk (device='cpu')"
+        )
+    raise NotEnoughMemory(
+        f"Scorer: the weights take {_gb(model)} and {_gb(free)} are free on {device}; "
+        "use stream_weights=True"
+    )
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
