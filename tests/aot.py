@@ -89,7 +89,14 @@ def ptxas_report(compiled, capability: int) -> str:
     return done.stderr
 
 
-OPS = ["logprob_entropy", "linear_logprob", "policy_loss", "linear_policy_loss"]
+OPS = [
+    "attention",
+    "logprob_entropy",
+    "linear_logprob",
+    "policy_loss",
+    "linear_policy_loss",
+    "moe_routing",
+]
 CAPABILITIES = [80, 90, 100]
 BUDGET = Path(__file__).parent / "qlkernels" / "aot_budget.json"
 

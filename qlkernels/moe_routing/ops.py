@@ -6,11 +6,12 @@ import torch
 
 from qlkernels._nvtx import op_range
 from qlkernels.moe_routing import eager
+from qlkernels.moe_routing import triton as kernels
 from qlkernels.moe_routing.results import INDEX_OP, OP
 
-_ROUTE = {"torch": eager.route}
-_ROUTE_BACKWARD = {"torch": eager.route_backward}
-_BUILD_INDEX = {"torch": eager.build_index}
+_ROUTE = {"triton": kernels.route, "torch": eager.route}
+_ROUTE_BACKWARD = {"triton": kernels.route_backward, "torch": eager.route_backward}
+_BUILD_INDEX = {"triton": kernels.build_index, "torch": eager.build_index}
 
 
 def _empty(like: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
