@@ -4,6 +4,7 @@ Importing starts no CUDA and compiles nothing.
 """
 
 from qlkernels._scores import TokenScores
+from qlkernels.attention import attention, prefix_attention
 from qlkernels.linear_logprob import linear_logprob
 from qlkernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from qlkernels.logprob_entropy import logprob_entropy, token_entropy

@@ -80,12 +80,12 @@ class PackedGroups:
     @property
     def max_answer_length(self) -> int:
         """R_max, 0 without answers."""
-        return max((r for lengths in self.answer_lengths for r in lengths), default=0)
+        return max([0, *[r for lengths in self.answer_lengths for r in lengths]])
 
     @property
     def max_seqlen(self) -> int:
         """Length of the longest segment."""
-        return max(self.max_answer_length, max(self.prompt_lengths, default=1) - 1)
+        return max([self.max_answer_length, *[P - 1 for P in self.prompt_lengths]])
 
     @property
     def num_full_tokens(self) -> int:
