@@ -31,6 +31,9 @@ SUBCOMMANDS = {
         "qwenlong.data.commands:app", "synth", "Long-context training samples from documents."
     ),
     "merge": Subcommand("qwenlong.merge_command:merge", "score", "Merge models of one base (SCE)."),
+    "eval": Subcommand(
+        "qwenlong.eval_command:app", "synth", "Long-context questions, asked, scored and drawn."
+    ),
 }
 
 

@@ -141,6 +141,8 @@ def _fit(
     return question.model_copy(
         update={
             "id": f"{subtype}-{length}-s{seed}-{index:04d}",
+            "subtype": subtype,
+            "question_kind": question.subtype,
             "documents": context.documents,
             "evidence": context.evidence,
             "tokens": TokenCount(tokenizer=haystack.tokens.name, n=context.n_tokens),

@@ -1,0 +1,255 @@
+"""One table and one plot of a run, or of several runs over the same questions."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from qwenlong.evals.run import by_question
+from qwenlong.evals.statistics import Difference, Estimate, difference, estimate
+from qwenlong.storage import atomic_write, write_json
+from qwenlong.types import EvalResult
+
+ALL = "all"
+METHOD = (
+    "95 % intervals: Wilson's score interval over questions, at the effective sample size of the "
+    "question means"
+)
+_COLOURS = ("#1f5aa6", "#c8553d", "#3a7d44", "#8a5a9e", "#b8860b", "#2b8c8c", "#6b6b6b", "#a83265")
+_MARKS = "osD^vPX*<>"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of question at one length; ``length`` is None where the set has none."""
+
+    kind: str
+    length: int | None
+    score: Estimate
+    prompt_tokens: float  # mean over samples
+    calls: float
+    truncated: int
+    refused: int
+
+
+def summarise(results: Sequence[EvalResult]) -> list[Row]:
+    """A row for each kind and length, in order, then one over all."""
+    groups: dict[tuple[str, int | None], list[EvalResult]] = {}
+    for result in results:
+        extra = result.model_extra or {}
+        groups.setdefault((extra.get("kind", ""), extra.get("length")), []).append(result)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or 0))
+    rows = [_row(kind, length, members) for (kind, length), members in ordered]
+    if len(rows) > 1:
+        rows.append(_row(ALL, None, list(results)))
+    return rows
+
+
+def _row(kind: str, length: int | None, results: list[EvalResult]) -> Row:
+    n = len(results)
+    return Row(
+        kind,
+        length,
+        estimate(list(by_question(results).values())),
+        sum(r.tokens.get("prompt", 0) for r in results) / n,
+        sum(r.tokens.get("calls", 0) for r in results) / n,
+        sum(r.truncated for r in results),
+        sum((r.model_extra or {}).get("refused") is not None for r in results),
+    )
+
+
+def write_report(out: str | Path, results: Sequence[EvalResult], title: str) -> list[Path]:
+    """``table.md``, ``table.csv``, ``summary.json`` and ``plot.png`` in the folder of the run."""
+    out = Path(out)
+    rows = summarise(results)
+    with atomic_write(out / "table.md") as file:
+        file.write(f"{title}\n\n{as_markdown(rows)}\n\n{METHOD}.\n")
+    with atomic_write(out / "table.csv") as file:
+        writer = csv.DictWriter(file, list(_cells(rows[0])))
+        writer.writeheader()
+        writer.writerows(_cells(row) for row in rows)
+    write_json(out / "summary.json", {"title": title, "rows": [_cells(row) for row in rows]})
+    draw({title: rows}, out / "plot.png")
+    return [out / name for name in ("table.md", "table.csv", "summary.json", "plot.png")]
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    return {
+        "task": row.kind,
+        "length": row.length,
+        "questions": row.score.questions,
+        "samples": row.score.samples,
+        "score": round(row.score.mean, 6),
+        "low": round(row.score.low, 6),
+        "high": round(row.score.high, 6),
+        "prompt_tokens": round(row.prompt_tokens, 1),
+        "calls": round(row.calls, 2),
+        "truncated": row.truncated,
+        "refused": row.refused,
+    }
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """The table as the terminal and ``table.md`` show it; scores in percent."""
+    lines = [
+        "| task | length | questions | samples | score | 95 % interval | prompt tokens | calls "
+        "| truncated | refused |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        s = row.score
+        lines.append(
+            f"| {row.kind} | {short_length(row.length)} | {s.questions} | {s.samples} "
+            f"| {100 * s.mean:.1f} | {100 * s.low:.1f} to {100 * s.high:.1f} "
+            f"| {row.prompt_tokens:,.0f} | {row.calls:.1f} | {row.truncated} | {row.refused} |"
+        )
+    return "\n".join(lines)
+
+
+def short_length(length: int | None) -> str:
+    """``131072`` as ``128K``, ``1048576`` as ``1M``; other numbers in full, none as ``-``."""
+    if length is None:
+        return "-"
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if length % size == 0:
+            return f"{length // size}{unit}"
+    return f"{length:,}"
+
+
+# --- several runs ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs at one kind and length: their means and the paired difference."""
+
+    kind: str
+    length: int | None
+    first: Estimate
+    second: Estimate
+    difference: Difference
+
+
+def compare(first: Sequence[EvalResult], second: Sequence[EvalResult]) -> list[Comparison]:
+    """Both runs by kind and length, over the questions that both answered.
+
+    Raises:
+        ValueError: they share no question.
+    """
+    shared = by_question(first).keys() & by_question(second).keys()
+    if not shared:
+        raise ValueError("compare: the two runs share no question")
+    keys: dict[tuple[str, int | None], set[str]] = {}
+    for result in first:
+        if result.sample_id in shared:
+            extra = result.model_extra or {}
+            key = (extra.get("kind", ""), extra.get("length"))
+            keys.setdefault(key, set()).add(result.sample_id)
+    compared = []
+    for (kind, length), ids in sorted(keys.items(), key=lambda k: (k[0][0], k[0][1] or 0)):
+        a, b = (
+            {q: s for q, s in by_question(results).items() if q in ids}
+            for results in (first, second)
+        )
+        means = (estimate(list(a.values())), estimate(list(b.values())))
+        compared.append(Comparison(kind, length, *means, difference(a, b)))
+    return compared
+
+
+def comparison_markdown(names: tuple[str, str], rows: Sequence[Comparison]) -> str:
+    """A table of two runs; the interval of the difference is the paired bootstrap's."""
+    first, second = names
+    lines = [
+        f"| task | length | questions | {first} | {second} | difference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+
+    def shown(e: Estimate | Difference) -> str:
+        return f"{100 * e.mean:.1f} ({100 * e.low:.1f} to {100 * e.high:.1f})"
+
+    lines += [
+        f"| {row.kind} | {short_length(row.length)} | {row.difference.questions} "
+        f"| {shown(row.first)} | {shown(row.second)} | {shown(row.difference)} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+# --- plot --------------------------------------------------------------------
+
+
+def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Score against length, a line for each task (and run); bars where there is one length."""
+    rows = {name: [row for row in rows if row.kind != ALL] for name, rows in runs.items()}
+    lengths = sorted({r.length for group in rows.values() for r in group if r.length is not None})
+    figure = Figure(figsize=(8, 4.8))
+    axes = figure.add_subplot()
+    if len(lengths) > 1:
+        _draw_lines(axes, rows, lengths)
+    else:
+        _draw_bars(axes, rows)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("score")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_title("\n".join(runs), fontsize=10)
+    figure.text(0.01, 0.01, METHOD, fontsize=7, color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def _draw_lines(axes: Any, runs: Mapping[str, Sequence[Row]], lengths: list[int]) -> None:
+    series: dict[str, list[Row]] = {}
+    for name, rows in runs.items():
+        for row in rows:
+            if row.length is not None:
+                label = row.kind if len(runs) == 1 else f"{row.kind}, {name}"
+                series.setdefault(label, []).append(row)
+    for number, (label, rows) in enumerate(series.items()):
+        # Tasks stand a little apart, so that their intervals can be told from each other.
+        shift = 2 ** (0.06 * (number - (len(series) - 1) / 2))
+        axes.errorbar(
+            [row.length * shift for row in rows],
+            [row.score.mean for row in rows],
+            yerr=_errors(rows),
+            label=label,
+            marker=_MARKS[number % len(_MARKS)],
+            color=_COLOURS[number % len(_COLOURS)],
+            markersize=4.5,
+            linewidth=1.3,
+            capsize=2.5,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [short_length(length) for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("length of the context, tokens")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _draw_bars(axes: Any, runs: Mapping[str, Sequence[Row]]) -> None:
+    kinds = sorted({row.kind for rows in runs.values() for row in rows})
+    width = 0.8 / len(runs)
+    for number, (name, rows) in enumerate(runs.items()):
+        axes.bar(
+            [kinds.index(row.kind) + (number - (len(runs) - 1) / 2) * width for row in rows],
+            [row.score.mean for row in rows],
+            width,
+            yerr=_errors(rows),
+            label=name,
+            color=_COLOURS[number % len(_COLOURS)],
+            capsize=3,
+        )
+    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right", fontsize=8)
+    if len(runs) > 1:
+        axes.legend(fontsize=8)
+
+
+def _errors(rows: Sequence[Row]) -> list[list[float]]:
+    low = [max(0.0, row.score.mean - row.score.low) for row in rows]
+    high = [max(0.0, row.score.high - row.score.mean) for row in rows]
+    return [low, high]
