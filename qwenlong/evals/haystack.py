@@ -273,7 +273,7 @@ def _fill(
         laps = lap
         if refuses(page):
             refused += 1
-            if refused >= len(haystack.pages):
+            if not skip_long and refused >= 2 * len(haystack.pages):  # a whole lap at least
                 raise InputError(
                     "every page of the haystack gives the answer away; name other texts"
                 )

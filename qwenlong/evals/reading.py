@@ -42,14 +42,15 @@ def fit(
     """
     if keep not in ("ends", "last"):
         raise ValueError(f"fit: unknown keep {keep!r}; choose 'ends' or 'last'")
-    bare = sample.model_copy(update={"documents": []})
-    room -= tokens(prompts.render(bare)[0]["content"])
-    if room < 0:
-        raise InputError(
-            f"sample {sample.id!r}: its question alone is {-room:,} tokens longer than the window"
-        )
     counted = sample.tokens is not None and sample.tokens.tokenizer == tokens.name
-    if counted and sample.tokens.n + len(sample.documents) <= room:  # a token a border
+    question = tokens(_prompt(sample.model_copy(update={"documents": []})))
+    if question > room:
+        raise InputError(
+            f"sample {sample.id!r}: its question alone is {question - room:,} tokens longer than "
+            "the window"
+        )
+    spare = room - question
+    if counted and sample.tokens.n + len(sample.documents) <= spare:  # a token a border
         return sample, False
 
     def load(document: Document) -> Document:
@@ -57,15 +58,39 @@ def fit(
             return document
         return document.model_copy(update={"text": resolve(document.ref), "ref": None})
 
+    is_cut = False
+    while True:
+        documents, cut_again = _documents(sample, load, spare, tokens, keep)
+        is_cut |= cut_again
+        fitted = sample.model_copy(update={"documents": documents})
+        # Tokens that reach over a border may make the whole longer than its parts.
+        excess = tokens(_prompt(fitted)) - room
+        if excess <= 0:
+            return fitted, is_cut
+        spare -= excess
+
+
+def _prompt(sample: Sample) -> str:
+    return prompts.render(sample)[0]["content"]
+
+
+def _documents(
+    sample: Sample,
+    load: Callable[[Document], Document],
+    room: int,
+    tokens: TokenCounter,
+    keep: Keep,
+) -> tuple[list[Document], bool]:
+    """What of the documents takes ``room`` tokens, and whether any text is missing."""
     whole, is_cut = _take(map(load, sample.documents), room, tokens, tokens.head)
     if not is_cut:
-        return sample.model_copy(update={"documents": whole}), False
+        return whole, False
     front: list[Document] = []
     if keep == "ends":
         front, _ = _take(map(load, sample.documents), room // 2, tokens, tokens.head)
         room -= room // 2
     back, _ = _take(map(load, reversed(sample.documents)), room, tokens, tokens.tail)
-    return sample.model_copy(update={"documents": front + back[::-1]}), True
+    return front + back[::-1], True
 
 
 def _take(
