@@ -34,6 +34,9 @@ SUBCOMMANDS = {
     "eval": Subcommand(
         "qwenlong.eval_command:app", "synth", "Long-context questions, asked, scored and drawn."
     ),
+    "train": Subcommand(
+        "qwenlong.train_command:train_command", "train", "Train a policy by a recipe, or a ladder."
+    ),
 }
 
 
