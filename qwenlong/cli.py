@@ -30,6 +30,9 @@ SUBCOMMANDS = {
     "synth": Subcommand(
         "qwenlong.data.commands:app", "synth", "Long-context training samples from documents."
     ),
+    "agent": Subcommand(
+        "qwenlong.agent_command:app", "agent", "Questions about texts of any length."
+    ),
     "merge": Subcommand("qwenlong.merge_command:merge", "score", "Merge models of one base (SCE)."),
     "eval": Subcommand(
         "qwenlong.eval_command:app", "synth", "Long-context questions, asked, scored and drawn."

@@ -53,6 +53,7 @@ EVENTS = {
     "no_answer": "the last reply is empty after its thinking; asked again",
 }
 _TAG_TOKENS = 64  # of a reply, beside memory and plan
+_TEMPLATE_TOKENS = 700  # of the prompt of a step without its fields: an upper bound, tested
 _SAMPLES_APART = 1_000  # sample indices of one sample; repairs take the next
 
 
@@ -77,6 +78,7 @@ class AgentConfig:
     extra_body: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        Sampling(temperature=self.temperature, top_p=self.top_p)  # raises for what it refuses
         for name, least in (
             ("chunk_tokens", 16),
             ("memory_tokens", 1),
@@ -107,6 +109,11 @@ class AgentConfig:
     def update_tokens(self) -> int:
         """The limit of a reading step's reply."""
         return self.memory_tokens + self.plan_tokens + _TAG_TOKENS + self.thinking_tokens
+
+    def context_tokens(self, question_tokens: int) -> int:
+        """What a model must be able to read and write in one step, at most."""
+        before = question_tokens + self.memory_tokens + self.plan_tokens + self.chunk_tokens
+        return before + self.update_tokens + _TEMPLATE_TOKENS
 
     def calls(self, chunks: int, *, is_split: bool = True) -> int:
         """Model calls for a text of ``chunks`` chunks, when every reply is usable.

@@ -15,7 +15,7 @@ from typing import Any
 
 from qwenlong.llm import Client, Completion, RequestRefused
 from qwenlong.memory_agent.machine import AgentConfig, MemoryAgent, Step
-from qwenlong.memory_agent.text import ChunkStream, TextSource
+from qwenlong.memory_agent.text import ChunkStream, TextSource, count_tokens
 from qwenlong.types import Turn
 
 OnStep = Callable[[str, Step], None]
@@ -240,12 +240,15 @@ class _Runner:
         try:
             return await self._client.agenerate(request)
         except RequestRefused as refused:
-            where = {"read": f"chunk {agent.chunks_read}", "split": "the split of the question"}
+            where = {"read": f"chunk {agent.chunks_read + 1}", "split": "the split of the question"}
             named = f"{task.id}: " if task.id else ""
+            needed = self._config.context_tokens(
+                count_tokens(self._tokenizer, agent.problem + agent.instructions)
+            )
             raise RequestRefused(
-                f"{named}{where.get(agent.phase, 'the answer')} was refused ({refused}); a context "
-                f"of chunk_tokens + 2 * (memory_tokens + plan_tokens) + thinking_tokens + the "
-                f"question + about 600 tokens is needed",
+                f"{named}{where.get(agent.phase, 'the answer')} was refused ({refused}); a step "
+                f"may need a context of {needed} tokens, with less for smaller chunk_tokens, "
+                "memory_tokens or plan_tokens",
                 status=refused.status,
             ) from refused
 

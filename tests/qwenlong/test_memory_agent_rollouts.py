@@ -18,7 +18,10 @@ from qwenlong.types import Sample, Turn
 from tests.qwenlong.agent_models import PerfectReader, fact, filler, kind_of, update
 from tests.qwenlong.tiny_models import save_tiny_model, train_tokenizer
 
-TEMPLATE = "{% for m in messages %}<s>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
