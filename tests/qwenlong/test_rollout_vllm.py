@@ -1,0 +1,239 @@
+"""Rollouts over HTTP against a server that fails on demand; a real one is in
+``test_real_rollouts.py``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qwenlong.errors import InputError
+from qwenlong.llm import RequestRefused, RetryPolicy, ServerUnavailable
+from qwenlong.rollout.vllm import VllmRollouts, _seed
+from tests.qwenlong.vllm_server import FakeVllm, answer_ids, serving
+
+PROMPTS = [[5, 6, 7], [8], [5, 6, 7]]
+OPTIONS = {"group_size": 2, "max_new_tokens": 3, "temperature": 0.7, "seed": 11}
+QUICK = RetryPolicy(max_retries=2, base=0.01)
+
+
+class Policy(nn.Module):
+    """A weight, a tied one, and a number that is no parameter."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.w = nn.Parameter(torch.full((2, 3), value))
+        self.tied = self.w
+        self.register_buffer("count", torch.tensor(3))
+
+
+@pytest.fixture
+def server():
+    made = FakeVllm()
+    with serving(made) as made.url:
+        yield made
+
+
+@pytest.fixture
+def rollouts(server, tmp_path):
+    made = VllmRollouts(
+        server.url, model="policy", weights_folder=tmp_path / "weights", retry=QUICK, timeout_s=0.5
+    )
+    yield made
+    made.close()
+
+
+def expected(weight: float = 0.0, *, seed: int = 11, max_tokens: int = 3):
+    return [
+        [
+            answer_ids({"seed": _seed(seed, p, a), "max_tokens": max_tokens}, weight)
+            for a in range(2)
+        ]
+        for p in range(len(PROMPTS))
+    ]
+
+
+def ids(groups):
+    return [[turn.response_ids for turn in group] for group in groups]
+
+
+# --- answers ------------------------------------------------------------------
+
+
+def test_token_ids_in_and_out(server, rollouts):
+    groups = rollouts.generate(PROMPTS, **OPTIONS)
+    assert ids(groups) == expected()
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for turn in group:
+            assert turn.prompt_ids == prompt
+            assert turn.logprobs == [-0.5, -0.5, -0.5] and turn.finish_reason == "stop"
+    (cut,) = rollouts.generate([[5]], **{**OPTIONS, "group_size": 1, "max_new_tokens": 2})[0]
+    assert len(cut.response_ids) == 2 and cut.finish_reason == "length"
+    assert rollouts.generate([], **OPTIONS) == []
+
+
+def test_the_request_leaves_nothing_to_the_server(server, rollouts):
+    rollouts.generate([[5, 6]], **OPTIONS)
+    body = server.requests[-1][1]
+    assert body["prompt"] == [5, 6] and body["temperature"] == 0.7 and body["max_tokens"] == 3
+    assert body["top_p"] == 1.0 and body["top_k"] == 0 and body["min_p"] == 0.0
+    assert body["repetition_penalty"] == 1.0 and body["return_token_ids"] is True
+
+
+def test_logprobs_of_unscaled_logits_are_not_taken(tmp_path):
+    """With a temperature, a server that reports raw log-probs gives none; at 1 they are right."""
+    server = FakeVllm(scaled=False)
+    with serving(server) as url:
+        rollouts = VllmRollouts(url, model="policy", retry=QUICK)
+        (group,) = rollouts.generate([[5]], **OPTIONS)
+        assert [turn.logprobs for turn in group] == [None, None]
+        (group,) = rollouts.generate([[5]], **{**OPTIONS, "temperature": 1.0})
+        assert group[0].logprobs == [-0.5] * 3
+        rollouts.close()
+
+
+def test_temperature_0_asks_once_a_prompt(server, rollouts):
+    (group,) = rollouts.generate([[5]], **{**OPTIONS, "temperature": 0.0})
+    assert group[0] == group[1] and group[0].logprobs is None
+    assert server.paths() == ["/v1/completions"]
+
+
+def test_a_server_without_token_ids_is_refused(tmp_path):
+    server = FakeVllm(token_ids=False)
+    with serving(server) as url:
+        rollouts = VllmRollouts(url, model="policy", retry=QUICK)
+        with pytest.raises(RequestRefused, match="no token ids"):
+            rollouts.generate([[5]], **OPTIONS)
+        rollouts.close()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"group_size": 0}, "group_size 0"), ({"temperature": float("inf")}, "temperature inf")],
+)
+def test_wrong_settings_are_refused(rollouts, changes, words):
+    with pytest.raises(InputError, match=words):
+        rollouts.generate(PROMPTS, **{**OPTIONS, **changes})
+    with pytest.raises(InputError, match="prompt 1 has no tokens"):
+        rollouts.generate([[5], []], **OPTIONS)
+
+
+# --- faults of answers --------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["hang up", "half", "stall", 503, 429])
+def test_a_fault_is_repeated(server, rollouts, fault):
+    server.faults["/v1/completions"] = ["ok", "ok", fault, "ok", fault]
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected()
+
+
+def test_a_dead_server_is_a_clear_stop(server, rollouts):
+    server.faults["/v1/completions"] = ["hang up"] * 100
+    with pytest.raises(ServerUnavailable, match="policy: no answer after 3 attempts"):
+        rollouts.generate(PROMPTS, **OPTIONS)
+    server.faults.clear()
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected()
+
+
+def test_a_refusal_is_not_repeated(server, rollouts):
+    rollouts.generate([[5]], **OPTIONS)
+    server.faults["/v1/completions"] = [400]
+    count = len(server.requests)
+    with pytest.raises(RequestRefused, match="HTTP 400"):
+        rollouts.generate([[5]], **{**OPTIONS, "group_size": 1})
+    assert len(server.requests) == count + 1
+
+
+# --- weights ------------------------------------------------------------------
+
+
+def test_new_weights_answer(server, rollouts, tmp_path):
+    rollouts.sync_weights(Policy(0.25), 3)
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.25)
+    assert server.version.endswith("-step-3") and not server.paused
+    assert set(server.loaded) == {"w", "count"}  # the tied weight once
+    torch.testing.assert_close(server.loaded["w"], torch.full((2, 3), 0.25))
+    wanted = ["/pause?mode=keep", "/init_weight_transfer_engine", "/start_weight_update"]
+    wanted += ["/update_weights", "/finish_weight_update", "/reset_prefix_cache", "/resume"]
+    assert server.paths()[:7] == wanted
+    rollouts.sync_weights(Policy(0.5), 4)
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.5)
+    (left,) = (tmp_path / "weights").iterdir()  # of the last step alone
+    assert left.name.endswith("step-4.safetensors")
+    rollouts.close()
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_weights_in_another_dtype(server, tmp_path):
+    rollouts = VllmRollouts(
+        server.url, model="policy", weights_folder=tmp_path, weights_dtype=torch.bfloat16
+    )
+    rollouts.sync_weights(Policy(0.25), 0)
+    assert server.loaded["w"].dtype == torch.bfloat16 and server.loaded["count"].item() == 3
+    rollouts.close()
+
+
+def test_a_restarted_server_gets_the_weights_again(server, rollouts):
+    rollouts.sync_weights(Policy(0.25), 1)
+    server.restart()
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.25)
+    assert server.paths().count("/update_weights") == 2
+
+
+def test_answers_across_a_restart_are_thrown_away(server, rollouts):
+    rollouts.sync_weights(Policy(0.25), 1)
+    rollouts.generate([[5]], **OPTIONS)  # the question about log-probs is behind us
+    server.faults["/v1/completions"] = ["ok", "ok", "restart"]
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.25)
+    server.faults["/v1/completions"] = ["restart", "ok", "ok", "ok", "ok", "ok"] * 3
+    with pytest.raises(ServerUnavailable, match="lost the policy's weights 3 times"):
+        rollouts.generate(PROMPTS, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "path", ["/pause", "/init_weight_transfer_engine", "/resume", "/reset_prefix_cache"]
+)
+def test_a_fault_around_an_update_is_repeated(server, rollouts, path):
+    server.faults[path] = ["hang up", 503]
+    rollouts.sync_weights(Policy(0.25), 1)
+    assert server.weight == 0.25 and not server.paused
+
+
+@pytest.mark.parametrize(
+    "path", ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+)
+def test_an_update_that_breaks_off_is_a_clear_stop(server, rollouts, path):
+    server.faults[path] = ["hang up"]
+    with pytest.raises(ServerUnavailable, match="start the server again"):
+        rollouts.sync_weights(Policy(0.25), 1)
+    assert server.paths().count(path) == 1
+    server.restart()
+    rollouts.sync_weights(Policy(0.25), 1)
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.25)
+
+
+def test_a_server_that_takes_no_weights(server, rollouts, tmp_path):
+    server.faults["/init_weight_transfer_engine"] = ["missing"]
+    with pytest.raises(InputError, match="has no /init_weight_transfer_engine: start it as"):
+        rollouts.sync_weights(Policy(0.25), 1)
+    assert not server.paused  # and it goes on
+    plain = VllmRollouts(server.url, model="policy")
+    with pytest.raises(InputError, match="pass weights_folder"):
+        plain.sync_weights(Policy(0.25), 1)
+    plain.close()
+
+
+def test_lora_is_refused(rollouts):
+    policy = Policy(0.25)
+    policy.lora_A = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="LoRA"):
+        rollouts.sync_weights(policy, 1)
+
+
+def test_pause(server, rollouts):
+    with rollouts.paused():
+        assert server.paused
+    assert not server.paused
+    with pytest.raises(KeyError), rollouts.paused():
+        raise KeyError
+    assert not server.paused
