@@ -13,6 +13,8 @@ from bench.run import gate
 from bench.truth import LinearTruth, LogitsTruth, token_scores
 
 SMALL = {
+    "attention": {"T": 33, "Hq": 4, "Hkv": 2, "D": 16},
+    "prefix_attention": {"P": 20, "G": 3, "R": 5, "Hq": 4, "Hkv": 2, "D": 16},
     "logprob_entropy": {"T": 9, "V": 301, "data": "peaked"},
     "token_entropy": {"T": 9, "V": 301, "data": "random"},
     "linear_logprob": {"T": 16, "H": 32, "V": 301, "data": "peaked"},
