@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "logprob_entropy.h"
+#include "moe_routing.h"
 
 namespace py = pybind11;
 
@@ -70,6 +71,67 @@ void backward(std::uintptr_t logits, int dtype, std::int64_t T, std::int64_t V, 
   run(args, last);
 }
 
+template <class Args>
+Args route_args(std::uintptr_t logits, int dtype, std::int64_t T, int E, std::int64_t stride_t, int top_k,
+                bool is_normalised) {
+  if (dtype < ql::kFloat32 || dtype > ql::kBFloat16) throw py::value_error("dtype_code must be 0, 1 or 2");
+  if (top_k < 1 || top_k > E) throw py::value_error("top_k must be in [1, E]");
+  Args args{};
+  args.logits = pointer<const void>(logits);
+  args.dtype = dtype;
+  args.T = T;
+  args.stride_t = stride_t;
+  args.E = E;
+  args.top_k = top_k;
+  args.is_normalised = is_normalised;
+  return args;
+}
+
+template <auto run, class Last>
+void route_forward(std::uintptr_t logits, int dtype, std::int64_t T, int E, std::int64_t stride_t, int top_k,
+                   bool is_normalised, std::uintptr_t replay, bool replay_is_int64, int rounding,
+                   std::uintptr_t weights, std::uintptr_t prob_sums, std::uintptr_t ids,
+                   std::uintptr_t tokens_per_expert, int parts, std::uintptr_t part_probs, std::uintptr_t part_counts,
+                   Last last) {
+  auto args = route_args<ql::MoeRouteForward>(logits, dtype, T, E, stride_t, top_k, is_normalised);
+  args.replay = {pointer<const void>(replay), replay_is_int64};
+  args.rounding = rounding;
+  args.weights = pointer<float>(weights);
+  args.prob_sums = pointer<float>(prob_sums);
+  args.ids = pointer<std::int32_t>(ids);
+  args.tokens_per_expert = pointer<std::int32_t>(tokens_per_expert);
+  args.parts = parts;
+  args.part_probs = pointer<float>(part_probs);
+  args.part_counts = pointer<std::int32_t>(part_counts);
+  run(args, last);
+}
+
+template <auto run, class Last>
+void route_backward(std::uintptr_t logits, int dtype, std::int64_t T, int E, std::int64_t stride_t, int top_k,
+                    bool is_normalised, std::uintptr_t ids, std::uintptr_t g_weights, std::uintptr_t g_prob_sums,
+                    std::uintptr_t dlogits, Last last) {
+  auto args = route_args<ql::MoeRouteBackward>(logits, dtype, T, E, stride_t, top_k, is_normalised);
+  args.ids = pointer<const std::int32_t>(ids);
+  args.g_weights = pointer<const float>(g_weights);
+  args.g_prob_sums = pointer<const float>(g_prob_sums);
+  args.dlogits = pointer<void>(dlogits);
+  run(args, last);
+}
+
+template <auto run, class Last>
+void expert_index(std::uintptr_t ids, bool ids_are_int64, std::int64_t rows, int E, std::uintptr_t sort_order,
+                  std::uintptr_t inverse_order, std::uintptr_t offsets, std::uintptr_t counts, Last last) {
+  ql::ExpertIndex args{};
+  args.ids = {pointer<const void>(ids), ids_are_int64};
+  args.rows = rows;
+  args.E = E;
+  args.sort_order = pointer<std::int32_t>(sort_order);
+  args.inverse_order = pointer<std::int32_t>(inverse_order);
+  args.offsets = pointer<std::int32_t>(offsets);
+  args.counts = pointer<std::int32_t>(counts);
+  run(args, last);
+}
+
 #if defined(QL_CUDA_ARCHS)
 void fwd_cuda(const ql::LogprobEntropyForward& args, std::uintptr_t stream) {
   QL_CUDA_CHECK(ql::cuda::logprob_entropy_fwd(args, stream));
@@ -77,6 +139,18 @@ void fwd_cuda(const ql::LogprobEntropyForward& args, std::uintptr_t stream) {
 
 void bwd_cuda(const ql::LogprobEntropyBackward& args, std::uintptr_t stream) {
   QL_CUDA_CHECK(ql::cuda::logprob_entropy_bwd(args, stream));
+}
+
+void route_fwd_cuda(const ql::MoeRouteForward& args, std::uintptr_t stream) {
+  QL_CUDA_CHECK(ql::cuda::moe_route_fwd(args, stream));
+}
+
+void route_bwd_cuda(const ql::MoeRouteBackward& args, std::uintptr_t stream) {
+  QL_CUDA_CHECK(ql::cuda::moe_route_bwd(args, stream));
+}
+
+void index_cuda(const ql::ExpertIndex& args, std::uintptr_t stream) {
+  QL_CUDA_CHECK(ql::cuda::build_expert_index(args, stream));
 }
 #endif
 
@@ -91,6 +165,19 @@ void bwd_cuda(const ql::LogprobEntropyBackward& args, std::uintptr_t stream) {
   QL_SHARED_NAMES, py::arg("entropy_ptr"), py::arg("lse_ptr"), py::arg("g_logprobs_ptr"),                   \
       py::arg("g_entropy_ptr"), py::arg("g_lse_ptr"), py::arg("dlogits_ptr"), py::arg("dstride_t")
 
+#define QL_ROUTE_NAMES                                                                                      \
+  py::arg("logits_ptr"), py::arg("dtype_code"), py::arg("T"), py::arg("E"), py::arg("stride_t"),            \
+      py::arg("top_k"), py::arg("is_normalised")
+#define QL_ROUTE_FORWARD_NAMES                                                                              \
+  QL_ROUTE_NAMES, py::arg("replay_ptr"), py::arg("replay_is_int64"), py::arg("rounding_code"),              \
+      py::arg("weights_ptr"), py::arg("prob_sums_ptr"), py::arg("ids_ptr"),                                 \
+      py::arg("tokens_per_expert_ptr"), py::arg("parts"), py::arg("part_probs_ptr"), py::arg("part_counts_ptr")
+#define QL_ROUTE_BACKWARD_NAMES                                                                             \
+  QL_ROUTE_NAMES, py::arg("ids_ptr"), py::arg("g_weights_ptr"), py::arg("g_prob_sums_ptr"), py::arg("dlogits_ptr")
+#define QL_INDEX_NAMES                                                                                      \
+  py::arg("ids_ptr"), py::arg("ids_are_int64"), py::arg("rows"), py::arg("E"), py::arg("sort_order_ptr"),   \
+      py::arg("inverse_order_ptr"), py::arg("offsets_ptr"), py::arg("counts_ptr")
+
 PYBIND11_MODULE(_C, m) {
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("cpu_isa", &ql::cpu::isa, "Instruction set of the CPU kernels, chosen at run time.");
@@ -104,12 +191,27 @@ PYBIND11_MODULE(_C, m) {
         py::arg("num_threads"), NoGil());
   m.def("logprob_entropy_bwd_cpu", &backward<ql::cpu::logprob_entropy_bwd, int>, QL_BACKWARD_NAMES,
         py::arg("num_threads"), NoGil());
+  m.def("moe_route_fwd_cpu", &route_forward<ql::cpu::moe_route_fwd, int>, QL_ROUTE_FORWARD_NAMES,
+        py::arg("num_threads"), NoGil());
+  m.def("moe_route_bwd_cpu", &route_backward<ql::cpu::moe_route_bwd, int>, QL_ROUTE_BACKWARD_NAMES,
+        py::arg("num_threads"), NoGil());
+  m.def("build_expert_index_cpu", &expert_index<ql::cpu::build_expert_index, int>, QL_INDEX_NAMES,
+        py::arg("num_threads"), NoGil());
+  m.attr("most_experts") = ql::kMostExperts;
+  m.attr("most_top_k") = ql::kMostTopK;
   py::list archs;
 #if defined(QL_CUDA_ARCHS)
   for (const char* arch : {QL_CUDA_ARCHS}) archs.append(arch);
   m.def("logprob_entropy_fwd_cuda", &forward<fwd_cuda, std::uintptr_t>, QL_FORWARD_NAMES, py::arg("stream"), NoGil());
   m.def("logprob_entropy_bwd_cuda", &backward<bwd_cuda, std::uintptr_t>, QL_BACKWARD_NAMES, py::arg("stream"),
         NoGil());
+  m.def("moe_route_fwd_cuda", &route_forward<route_fwd_cuda, std::uintptr_t>, QL_ROUTE_FORWARD_NAMES,
+        py::arg("stream"), NoGil());
+  m.def("moe_route_bwd_cuda", &route_backward<route_bwd_cuda, std::uintptr_t>, QL_ROUTE_BACKWARD_NAMES,
+        py::arg("stream"), NoGil());
+  m.def("build_expert_index_cuda", &expert_index<index_cuda, std::uintptr_t>, QL_INDEX_NAMES, py::arg("stream"),
+        NoGil());
+  m.def("index_parts", &ql::cuda::index_parts, py::arg("rows"), "Parts of the scratch of build_expert_index_cuda.");
 #endif
   m.attr("has_cuda") = py::len(archs) > 0;
   m.attr("cuda_archs") = archs;

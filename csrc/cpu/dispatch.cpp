@@ -2,11 +2,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "../logprob_entropy.h"
+#include "threads.h"
 
 namespace ql::cpu {
 
@@ -54,27 +52,12 @@ std::atomic<const Isa*>& chosen() {
   return isa;
 }
 
-// Rows go to threads in small chunks as these become free. Threads live for one call: nothing survives a fork,
-// nothing spins beside the caller's own pool, and starting one costs less than the work it gets.
 template <class Rows>
 void for_rows(std::int64_t T, std::int64_t V, int num_threads, const Rows& rows) {
   constexpr std::int64_t kChunkElements = 1 << 17;
   const std::int64_t chunk = std::max<std::int64_t>(1, kChunkElements / std::max<std::int64_t>(1, V));
-  const std::int64_t chunks = (T + chunk - 1) / chunk;
-  std::atomic<std::int64_t> next{0};
-  const auto work = [&] {
-    for (std::int64_t i; (i = next.fetch_add(1)) < chunks;) rows(i * chunk, std::min(T, (i + 1) * chunk));
-  };
-  std::vector<std::thread> threads;
-  for (std::int64_t i = 1; i < std::min<std::int64_t>(num_threads, chunks); ++i) {
-    try {
-      threads.emplace_back(work);
-    } catch (const std::system_error&) {  // the system has no thread to give: the others do its rows
-      break;
-    }
-  }
-  work();
-  for (auto& thread : threads) thread.join();
+  for_chunks((T + chunk - 1) / chunk, num_threads,
+             [&](std::int64_t i) { rows(i * chunk, std::min(T, (i + 1) * chunk)); });
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ import torch
 from qlkernels import _checks
 from qlkernels._dispatch import pick_impl
 from qlkernels._target import why_not_triton
-from qlkernels.moe_routing import ops
+from qlkernels.moe_routing import native, ops
 from qlkernels.moe_routing.reference import build_expert_index_ref, moe_route_ref
 from qlkernels.moe_routing.results import INDEX_OP, OP, ExpertIndex, Routing
 from qlkernels.moe_routing.triton import aot_variants
@@ -34,8 +34,14 @@ _LOGITS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
 
 
-def _blockers(x: torch.Tensor, impl: str) -> dict[str, str | None]:
-    blockers = {"triton": why_not_triton(x), "torch": None, "reference": None}
+def _blockers(x: torch.Tensor, num_experts: int, top_k: int, impl: str) -> dict[str, str | None]:
+    blockers = {
+        "cuda": native.why_not_cuda(x, num_experts, top_k),
+        "triton": why_not_triton(x),
+        "cpu": native.why_not_cpu(x),
+        "torch": None,
+        "reference": None,
+    }
     if impl == "auto" and x.device.type == "cpu":
         del blockers["triton"]  # on the CPU it would be the interpreter
     return blockers
@@ -88,8 +94,8 @@ def moe_route(
         weights_dtype: round the weights through this dtype, as transformers does with the dtype of
             the activations; None keeps them in fp32. The gradient ignores the rounding.
         validate: check ``replay_ids`` on the GPU too (synchronises).
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
-            falls back.
+        impl: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an
+            explicit choice never falls back.
 
     Returns:
         ``Routing``: ``topk_ids [T, top_k]`` int32, likeliest first, ``topk_weights [T, top_k]``
@@ -114,7 +120,7 @@ def moe_route(
     if replay_ids is not None:
         _check_replay(replay_ids, T, top_k, router_logits, validate)
         replay_ids = replay_ids.contiguous()
-    chosen = pick_impl(OP, impl, _blockers(router_logits, impl))
+    chosen = pick_impl(OP, impl, _blockers(router_logits, E, top_k, impl))
     if chosen == "reference":
         return moe_route_ref(
             router_logits, top_k, norm_topk_prob=norm_topk_prob, replay_ids=replay_ids,
@@ -138,8 +144,8 @@ def build_expert_index(
             outside ``[0, num_experts)``, such as those by which expert parallelism marks experts
             of other ranks, sort to the end, behind the last expert.
         num_experts: ``E``, positive.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
-            falls back.
+        impl: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an
+            explicit choice never falls back.
 
     Returns:
         ``ExpertIndex`` of int32: ``sort_order [T * top_k]``, equal to a stable argsort of
@@ -160,7 +166,7 @@ def build_expert_index(
             f"{INDEX_OP}: topk_ids has {topk_ids.numel()} entries, but positions are int32; "
             "split the tokens into chunks"
         )
-    chosen = pick_impl(INDEX_OP, impl, _blockers(topk_ids, impl))
+    chosen = pick_impl(INDEX_OP, impl, _blockers(topk_ids, num_experts, 1, impl))
     if chosen == "reference":
         return build_expert_index_ref(topk_ids, num_experts)
     return ExpertIndex(

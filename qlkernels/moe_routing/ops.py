@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 from qlkernels._nvtx import op_range
-from qlkernels.moe_routing import eager
+from qlkernels.moe_routing import eager, native
 from qlkernels.moe_routing import triton as kernels
 from qlkernels.moe_routing.results import INDEX_OP, OP
 
-_ROUTE = {"triton": kernels.route, "torch": eager.route}
-_ROUTE_BACKWARD = {"triton": kernels.route_backward, "torch": eager.route_backward}
-_BUILD_INDEX = {"triton": kernels.build_index, "torch": eager.build_index}
+_MODULES = {"cuda": native, "triton": kernels, "cpu": native, "torch": eager}
 
 
 def _empty(like: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -48,7 +46,7 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     found = _routing(router_logits, top_k)
     with op_range(OP, router_logits):
-        _ROUTE[impl](router_logits, replay_ids, norm_topk_prob, weights_dtype, *found)
+        _MODULES[impl].route(router_logits, replay_ids, norm_topk_prob, weights_dtype, *found)
     return found
 
 
@@ -68,7 +66,7 @@ def route_bwd(
 ) -> torch.Tensor:
     out = _empty(router_logits, router_logits.dtype, *router_logits.shape)
     with op_range(f"{OP}_bwd", router_logits):
-        _ROUTE_BACKWARD[impl](
+        _MODULES[impl].route_backward(
             router_logits, topk_ids, norm_topk_prob, dtopk_weights, dprob_sums, out
         )
     return out
@@ -116,7 +114,7 @@ def build_index(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = _index(topk_ids, num_experts)
     with op_range(INDEX_OP, topk_ids):
-        _BUILD_INDEX[impl](topk_ids, num_experts, *found)
+        _MODULES[impl].build_index(topk_ids, num_experts, *found)
     return found
 
 

@@ -10,7 +10,7 @@ from qlkernels.moe_routing import triton as kernels
 from qlkernels.moe_routing.reference import build_expert_index_ref, moe_route_ref
 from qlkernels.testing import assert_as_accurate, outputs_and_grads
 
-CPU_IMPLS = ["torch", "triton"]
+CPU_IMPLS = ["torch", "triton", "cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (T, E, top_k): nothing, one, all experts, primes, either side of a tile
 SHAPES = [
@@ -254,6 +254,20 @@ def test_rows_may_be_far_apart(impl):
 def test_same_input_same_bits(impl):
     logits, upstream = make(70, 128, 8, torch.bfloat16)
     (first, dfirst), (second, dsecond) = (check(impl, logits, 8, upstream) for _ in range(2))
+    for x, y in zip((*first, dfirst), (*second, dsecond), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    logits, upstream = make(700, 60, 4)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(check("cpu", logits, 4, upstream))
+    finally:
+        torch.set_num_threads(before)
+    (first, dfirst), (second, dsecond) = found
     for x, y in zip((*first, dfirst), (*second, dsecond), strict=True):
         assert torch.equal(x, y)
 
