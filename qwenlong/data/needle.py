@@ -4,13 +4,13 @@ A passage is a run of whole sentences of one document. ``questions`` sentences s
 code of the amber vault is 48213." are planted between its sentences, each about another name, and
 each is asked for. All questions of a passage have the passage, word for word, before them, so that
 their prompts share everything but the end. A passage is on the side of its document: no document is
-trained and evaluated on.
+trained and evaluated on. A recipe with ``plugins: [qwenlong.data.needle]`` knows the task ``needle``.
 
 Two forms of a question, whose rewards have different scales:
 
-    open     task ``needle``: the value itself, dense reward (similarity to the value, in [0, 1])
-    choice   task ``multiple_choice``: one of four values that all stand in the passage, reward 0
-             or 1
+    value      task ``reading_qa``: what the value is; reward 0 or 1, whether the answer names it
+    sentence   task ``needle``: the planted sentence, word for word; dense reward in [0, 1], the
+               similarity of the answer and the sentence
 """
 
 from __future__ import annotations
@@ -21,13 +21,28 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from qwenlong.data.documents import SourceDocument, count_tokens, split_sentences, text_id
 from qwenlong.data.loaders import builtin_loader
-from qwenlong.data.samples import OPTIONS, sample_id
+from qwenlong.data.samples import sample_id
 from qwenlong.errors import InputError
-from qwenlong.prompts import CHOICE_INSTRUCTIONS, choice_letter
+from qwenlong.prompts import fill
+from qwenlong.stage_data import register_task
 from qwenlong.types import Document, Evidence, Sample, Split, split_of
 
-FORMS = ("open", "choice")
-OPEN_INSTRUCTIONS = "Reply with the number only."
+INSTRUCTIONS = "Answer with one short sentence."
+# name: task, type of the answer, reward, question
+FORMS = {
+    "value": (
+        "reading_qa",
+        "text",
+        "cover",
+        "What is the {attribute} of the {name} {thing}?",
+    ),
+    "sentence": (
+        "needle",
+        "needle",
+        "needle",
+        "Repeat the sentence of the document that tells the {attribute} of the {name} {thing}.",
+    ),
+}
 # what has a value, and what the value is called
 THINGS = (
     ("vault", "access code"),
@@ -50,12 +65,13 @@ NAMES = tuple(
 VALUES = (10_000, 100_000)  # [first, end): five digits
 
 
+@register_task("needle")
 def needle_samples(
     count: int,
     seed: int,
     *,
     split: Split = "train",
-    forms: Sequence[str] = ("open",),
+    forms: Sequence[str] = ("value",),
     questions: int = 10,
     document_tokens: int = 1024,
     tokenizer: str = "chars4",
@@ -108,10 +124,8 @@ def _check(
             f"needle: count is {count} and document_tokens {document_tokens}; both must be at "
             "least 1."
         )
-    if not OPTIONS <= questions <= len(NAMES):
-        raise InputError(
-            f"needle: questions is {questions}; a passage takes {OPTIONS} to {len(NAMES)}."
-        )
+    if not 1 <= questions <= len(NAMES):
+        raise InputError(f"needle: questions is {questions}; a passage takes 1 to {len(NAMES)}.")
     if not forms or any(form not in FORMS for form in forms):
         raise InputError(f"needle: forms is {list(forms)}; choose from {', '.join(FORMS)}.")
     if not 0 < eval_fraction < 1:
@@ -160,33 +174,22 @@ def _plant(
     samples = []
     for i, (name, (thing, attribute), value) in enumerate(zip(names, things, values, strict=True)):
         form = forms[i % len(forms)]
-        question = f"What is the {attribute} of the {name} {thing}?"
-        options = None
-        if form == "choice":
-            others = [other for other in values if other != value]
-            options = rng.sample([value, *rng.sample(others, OPTIONS - 1)], OPTIONS)
-        is_open = options is None
+        task, answer_type, reward, question = FORMS[form]
+        made = {"name": name, "thing": thing, "attribute": attribute}
         samples.append(
             Sample(
-                id=sample_id("needle", [document.id, question, options]),
-                task="needle" if is_open else "multiple_choice",
+                id=sample_id("needle", [document.id, form, name]),
+                task=task,
                 subtype=f"planted_{form}",
                 split=split,
-                question=question,
-                instructions=OPEN_INSTRUCTIONS if is_open else CHOICE_INSTRUCTIONS,
-                choices=options,
+                question=fill(question, **made),
+                instructions=INSTRUCTIONS,
                 documents=[document],
-                answers=[value if is_open else choice_letter(options.index(value))],
-                answer_type="needle" if is_open else "choice",
-                reward="needle" if is_open else "multiple_choice",
+                answers=[value if form == "value" else facts[i]],
+                answer_type=answer_type,
+                reward=reward,
                 evidence=[Evidence(doc=document.id, start=spans[i][0], end=spans[i][1])],
-                derivation={
-                    "kind": "template",
-                    "name": name,
-                    "thing": thing,
-                    "attribute": attribute,
-                    "value": value,
-                },
+                derivation={"kind": "template", **made, "value": value},
             )
         )
     return samples

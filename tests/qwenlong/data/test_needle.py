@@ -16,7 +16,9 @@ from qwenlong.types import Sample, split_of
 
 @pytest.fixture(scope="module")
 def samples():
-    return needle_samples(60, seed=3, forms=("open", "choice"), questions=12, document_tokens=400)
+    return needle_samples(
+        60, seed=3, forms=("value", "sentence"), questions=12, document_tokens=400
+    )
 
 
 def test_every_question_has_one_answer_in_its_text(samples):
@@ -35,26 +37,31 @@ def test_every_question_has_one_answer_in_its_text(samples):
 
 
 def test_rewards_of_right_and_wrong_answers(samples):
-    first = {s.task: s for s in reversed(samples)}
-    asked, choice = first["needle"], first["multiple_choice"]
-    value = asked.derivation["value"]
-    assert score(asked, value).value == 1.0
-    # SequenceMatcher's ratio: 5 equal characters of 5 and 44, of 5 and 5.
-    prose = f"The access code of the x vault is {value}, yes."
-    assert score(asked, prose).value == pytest.approx(2 * 5 / (5 + len(prose)))
-    assert score(asked, value[:4]).value == pytest.approx(2 * 4 / 9)
-    assert score(asked, "no idea").value == 0.0
-    (right,) = choice.answers
-    assert choice.choices[ord(right) - ord("A")] == choice.derivation["value"]
-    for letter in "ABCD":
-        assert score(choice, f"The correct answer is ({letter}).").value == (letter == right)
-    # The wrong options stand in the text too, as values of other names.
-    assert all(choice.documents[0].text.count(option) == 1 for option in choice.choices)
+    first = {s.subtype: s for s in reversed(samples)}
+    value, sentence = first["planted_value"], first["planted_sentence"]
+    number = value.derivation["value"]
+    wrong = str((int(number) + 1) % 100_000).zfill(5)
+    for reply, reward in (
+        (number, 1.0),
+        (f"The number is {number}, as it says.", 1.0),
+        (wrong, 0.0),
+        (number[:4], 0.0),
+        (f"{number}0", 0.0),
+        ("no idea", 0.0),
+    ):
+        assert score(value, reply).value == reward
+    (gold,) = sentence.answers
+    assert gold in sentence.documents[0].text
+    assert score(sentence, gold).value == 1.0
+    # Without the five digits n - 5 characters of n and n - 5 are equal.
+    n, bare = len(gold), gold.replace(sentence.derivation["value"], "")
+    assert score(sentence, bare).value == pytest.approx(2 * (n - 5) / (2 * n - 5))
+    assert score(sentence, "").value == 0.0
 
 
 def test_questions_of_a_passage_share_their_prompt(samples):
     group = [s for s in samples if s.documents == samples[0].documents]
-    assert [s.task for s in group] == ["needle", "multiple_choice"] * 6
+    assert [s.task for s in group] == ["reading_qa", "needle"] * 6
     texts = [prompts.render(s)[0]["content"] for s in group]
     shared = texts[0].index("Question: ")
     assert all(text[:shared] == texts[0][:shared] for text in texts)
@@ -140,9 +147,9 @@ def test_words():
     "changes, words",
     [
         ({"count": 0}, "count is 0"),
-        ({"questions": 3}, "takes 4 to"),
+        ({"questions": 0}, "takes 1 to"),
         ({"questions": 1_000}, "questions is 1000"),
-        ({"forms": ("open", "essay")}, "essay"),
+        ({"forms": ("value", "essay")}, "essay"),
         ({"forms": ()}, "forms is"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
         ({"document_tokens": 10**7}, "no train document of python-topics has 10000000 tokens"),
