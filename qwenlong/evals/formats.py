@@ -39,6 +39,7 @@ _V1_TASKS = {
     "2wikimqa": "multihop_qa",
     "musique": "multihop_qa",
 }
+_QUESTION_LABEL = re.compile(r"(?:question|query|问题)\s*[:：]\s*\Z", re.IGNORECASE)
 _ONLY_THAT = "Write nothing but what is asked for."
 _Row = dict[str, Any]
 _Fields = dict[str, Any]
@@ -205,7 +206,7 @@ def _corpusqa(row: _Row) -> _Fields:
         "task": "corpus_numeric",
         "question": question,
         "instructions": rest or TEXT_INSTRUCTIONS,
-        "documents": [_document("corpus", "", text.strip())],
+        "documents": [_document("corpus", "", _QUESTION_LABEL.sub("", text).strip())],
         "answers": [answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)],
         "answer_type": "text",
         "reward": "cover",
