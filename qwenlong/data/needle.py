@@ -4,7 +4,7 @@ A passage is a run of whole sentences of one document. ``questions`` sentences s
 code of the amber vault is 48213." are planted between its sentences, each about another name, and
 each is asked for. All questions of a passage have the passage, word for word, before them, so that
 their prompts share everything but the end. A passage is on the side of its document: no document is
-trained and evaluated on. A recipe with ``plugins: [qwenlong.data.needle]`` knows the task ``needle``.
+trained and evaluated on. ``plugins: [qwenlong.data.needle]`` gives a recipe the task ``needle``.
 
 Two forms of a question, whose rewards have different scales:
 
