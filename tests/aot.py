@@ -96,6 +96,7 @@ OPS = [
     "policy_loss",
     "linear_policy_loss",
     "moe_routing",
+    "grouped_gemm",
 ]
 CAPABILITIES = [80, 90, 100]
 BUDGET = Path(__file__).parent / "qlkernels" / "aot_budget.json"

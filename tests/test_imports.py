@@ -14,7 +14,7 @@ ABOVE = {
     "bench": {"tests"},
 }
 # compositions of several ops
-COMPOSITIONS = {"attention", "hf", "linear_policy_loss", "scorer", "vocab_parallel"}
+COMPOSITIONS = {"attention", "hf", "linear_policy_loss", "moe", "scorer", "vocab_parallel"}
 
 
 def imported(path: Path) -> set[str]:
