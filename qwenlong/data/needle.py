@@ -4,7 +4,7 @@ A passage is a run of whole sentences of one document. ``questions`` sentences s
 code of the amber vault is 48213." are planted between its sentences, each about another name, and
 each is asked for. All questions of a passage have the passage, word for word, before them, so that
 their prompts share everything but the end. A passage is on the side of its document: no document is
-trained and evaluated on. ``plugins: [qwenlong.data.needle]`` gives a recipe the task ``needle``.
+trained and evaluated on. Recipes name the task ``needle``.
 
 Two forms of a question, whose rewards have different scales:
 
@@ -24,7 +24,6 @@ from qwenlong.data.loaders import builtin_loader
 from qwenlong.data.samples import sample_id
 from qwenlong.errors import InputError
 from qwenlong.prompts import fill
-from qwenlong.stage_data import register_task
 from qwenlong.types import Document, Evidence, Sample, Split, split_of
 
 INSTRUCTIONS = "Answer with one short sentence."
@@ -65,9 +64,8 @@ NAMES = tuple(
 VALUES = (10_000, 100_000)  # [first, end): five digits
 
 
-@register_task("needle")
 def needle_samples(
-    count: int,
+    count: int | None,
     seed: int,
     *,
     split: Split = "train",
@@ -78,12 +76,13 @@ def needle_samples(
     source: str = "python-topics",
     eval_fraction: float = 0.2,
 ) -> list[Sample]:
-    """``count`` samples of one side, passage by passage; equal arguments give equal samples.
+    """Samples of one side, passage by passage; equal arguments give equal samples.
 
     Passages come in an order that the seed draws; when all have been used they come again with
     other facts.
 
     Args:
+        count: of samples; None takes every passage once.
         forms: of ``FORMS``; where there are several they take turns, question by question.
         questions: of one passage, and facts that are planted in it.
         document_tokens: of a passage before anything is planted, at least.
@@ -106,6 +105,8 @@ def needle_samples(
             f"needle: no {split} document of {source} has {document_tokens} tokens; lower "
             "document_tokens or change eval_fraction."
         )
+    if count is None:
+        count = questions * len(passages)
     samples: list[Sample] = []
     for turn in range(-(-count // (questions * len(passages)))):
         rng = random.Random(f"needle {seed} {split} {turn}")
@@ -117,9 +118,13 @@ def needle_samples(
 
 
 def _check(
-    count: int, forms: Sequence[str], questions: int, document_tokens: int, eval_fraction: float
+    count: int | None,
+    forms: Sequence[str],
+    questions: int,
+    document_tokens: int,
+    eval_fraction: float,
 ) -> None:
-    if count < 1 or document_tokens < 1:
+    if (count is not None and count < 1) or document_tokens < 1:
         raise InputError(
             f"needle: count is {count} and document_tokens {document_tokens}; both must be at "
             "least 1."

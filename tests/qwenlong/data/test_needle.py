@@ -105,6 +105,8 @@ def test_passages_come_again_with_other_facts():
     made = needle_samples(20, 0, questions=4, document_tokens=5, eval_fraction=0.5, source=TOY)
     assert len({s.documents[0].text for s in made}) == 5
     assert len({s.id for s in made}) == 20
+    once = needle_samples(None, 0, questions=4, document_tokens=5, eval_fraction=0.5, source=TOY)
+    assert once == made[:8]
 
 
 TOY = "tests.qwenlong.data.test_needle:toy_documents"
