@@ -52,11 +52,10 @@ class AttentionTruth:
         return own | ((prefix[:, None] == of[keys]) & self.layout.is_answer[rows][:, None])
 
     def _scores(self, rows: torch.Tensor, keys: torch.Tensor, dtype) -> torch.Tensor:
-        """``[Hkv, heads, n, M]``, in fp64, or of products in ``dtype`` and then in fp32."""
-        Hkv = self.k.shape[1]
-        q = self.q[rows].to(dtype).unflatten(1, (Hkv, -1))  # [n, Hkv, heads, D]
-        scores = torch.einsum("nghd,mgd->ghnm", q, self.k[keys].to(dtype)) * self.scale
-        scores = scores if dtype == torch.float64 else scores.float()
+        """``[Hkv, heads, n, M]``, at least in fp32."""
+        wide = torch.promote_types(dtype, torch.float32)
+        q = self.q[rows].to(wide).unflatten(1, (self.k.shape[1], -1))  # [n, Hkv, heads, D]
+        scores = torch.einsum("nghd,mgd->ghnm", q, self.k[keys].to(wide)) * self.scale
         return scores.masked_fill_(~self._visible(rows, keys), -torch.inf)
 
     def _rows(self, rows: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -108,6 +107,10 @@ class AttentionTruth:
         for name in present:
             found = Comparison(name)
             found.add(outputs[name][self.sample], truth[name], baseline[name])
+            if name.startswith("d") and self.q.dtype != torch.float32:
+                # flash kernels take delta from the rounded output, and the shares of dk and dv are
+                # rounded before they add: half a unit in the last place more
+                found.slip += found.scale * torch.finfo(self.q.dtype).eps / 4
             found.judge(strict)
             worst = max(worst, found.relative)
         return worst

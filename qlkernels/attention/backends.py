@@ -87,12 +87,17 @@ def _blocks(*tensors):
     return tuple(x.transpose(0, 1).unsqueeze(0) for x in tensors)
 
 
+def _on_cpu(*tensors):
+    """In fp32 where they are halves: the CPU kernel adds its gradients up in their own dtype."""
+    return _blocks(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors))
+
+
 def _sdpa_forward(q, k, v, call):
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            *_blocks(q, k, v), 0.0, call.causal, scale=call.scale
+            *_on_cpu(q, k, v), 0.0, call.causal, scale=call.scale
         )
-        return out[0].transpose(0, 1), lse[0]
+        return out[0].transpose(0, 1).to(q.dtype), lse[0]
     if call.cu_seqlens is None:
         found = aten._flash_attention_forward(
             q[None], k[None], v[None], None, None, len(q), len(k), 0.0, call.causal, False,
@@ -109,9 +114,9 @@ def _sdpa_forward(q, k, v, call):
 def _sdpa_backward(dout, q, k, v, out, lse, call):
     if q.device.type == "cpu":
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_blocks(dout, q, k, v, out), lse[None], 0.0, call.causal, scale=call.scale
+            *_on_cpu(dout, q, k, v, out), lse[None], 0.0, call.causal, scale=call.scale
         )
-        return tuple(g[0].transpose(0, 1) for g in grads)
+        return tuple(g[0].transpose(0, 1).to(q.dtype) for g in grads)
     # without dropout the random state is not read
     state, unused = (torch.empty(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
     cu, longest = call.cu_seqlens, call.max_seqlen

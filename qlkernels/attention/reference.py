@@ -8,15 +8,14 @@ from qlkernels.prefix_group import PackedGroups
 
 
 def _masked_attention(q, k, v, visible, softmax_scale):
-    """``visible`` is ``[T, T]`` bool, query by key. Products in the dtype of ``q``, the softmax at
-    least in fp32.
+    """``visible`` is ``[T, T]`` bool, query by key. Scores and softmax are at least fp32, weights
+    and result are in the dtype of ``q``.
     """
     heads = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))  # [T, Hq, D]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    if scores.dtype != torch.float64:
-        scores = scores.float()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * scale
     weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights.to(q.dtype), v)
 

@@ -54,16 +54,19 @@ def check(op, ref, inputs, upstream):
     actual = outputs_and_grads(op, inputs, upstream)
     truth = outputs_and_grads(ref, doubles, upstream)
     baseline = outputs_and_grads(ref, inputs, upstream)
-    on_cpu_in_bf16 = inputs["q"].dtype == torch.bfloat16 and not inputs["q"].is_cuda
+    dtype, is_cuda = inputs["q"].dtype, inputs["q"].is_cuda
     # the interpreter of the merge kernel truncates to bf16 where the compiler rounds
-    floor = 2**-7 if on_cpu_in_bf16 else 1e-5
+    floor = 2**-7 if dtype == torch.bfloat16 and not is_cuda else 1e-5
+    # delta comes from the rounded output, and the shares of dk and dv are rounded before they add
+    rounded = torch.finfo(dtype).eps / 2 if dtype in backends.HALVES else 0.0
     # a row that sees one key has dq = 0 exactly: what is left of it is judged on the scale of dv
     scale = truth["dv"].abs().amax().reshape(1) if truth["dv"].numel() else truth["dv"].flatten()
     for name in truth:
         values = (torch.cat([x[name].flatten(), scale.to(x[name].dtype)])
                   for x in (actual, truth, baseline))  # fmt: skip
         assert actual[name].shape == truth[name].shape
-        assert_as_accurate(name, *values, floor=floor)
+        allowance = max(floor, rounded) if name.startswith("d") else floor
+        assert_as_accurate(name, *values, floor=allowance)
     return actual
 
 
