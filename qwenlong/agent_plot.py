@@ -143,8 +143,9 @@ def _draw_sizes(axes, reads: Sequence[Step], limit_tokens: int) -> None:
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.set_ylabel("tokens of memory")
     axes.margins(x=0.01)
+    axes.tick_params(axis="x", labelbottom=False)
     if reads:
-        axes.legend(loc="upper left", fontsize=8, frameon=False, ncols=7)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8, frameon=False, ncols=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -152,14 +153,14 @@ def _draw_entries(axes, entries: Sequence[Entry], chunks: int) -> None:
     for row, entry in enumerate(entries):
         stays = entry.last == chunks - 1
         color = _COLORS["kept" if stays else "gone"]
-        axes.barh(row, entry.last - entry.first + 0.8, left=entry.first + 0.6, color=color)
-        label = _shortened(entry.text, _LABEL_CHARACTERS)
-        # Beside the bar where there is room, so that no bar hides its text.
-        is_left = entry.first > chunks / 2
+        left, right = entry.first + 0.6, entry.last + 1.4
+        axes.barh(row, right - left, left=left, color=color, alpha=0.35)
+        # From the side that has more room.
+        is_late = left - 1 > chunks - right and left > 0.6 * chunks
         axes.text(
-            entry.first + 0.5 if is_left else entry.last + 1.5, row,
-            f" {label} ", fontsize=7, va="center",
-            ha="right" if is_left else "left", parse_math=False, clip_on=True,
+            right if is_late else left, row, f" {_shortened(entry.text, _LABEL_CHARACTERS)} ",
+            fontsize=7, va="center", ha="right" if is_late else "left", parse_math=False,
+            clip_on=True,
         )  # fmt: skip
     axes.set_yticks([])
     axes.invert_yaxis()
