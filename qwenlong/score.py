@@ -5,8 +5,8 @@ each later one starts ``overlap`` tokens before the end of the window before it 
 is new, so that every token has at least ``overlap`` tokens of context. Tokens that the tokenizer
 puts before every text (BOS) stand at the start of each window.
 
-What is in memory: the model, the keys and values of one window, the activations of one prefill
-chunk, a chunk of logits inside ``linear_logprob``, and the scores.
+What is in memory: the model (or two of its layers), what one pass over a few windows takes (see
+``qlkernels.scorer.memory``), and the scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -30,27 +30,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save as to_safetensors
-from transformers import DynamicCache
 
-from qlkernels.linear_logprob import linear_logprob
+from qlkernels.scorer import NotEnoughMemory
 from qwenlong.errors import InputError
-from qwenlong.models import CausalLM, load_causal_lm, load_tokenizer
+from qwenlong.models import load_tokenizer
+from qwenlong.score_model import OnRead, Part, Reader, in_options, load_reader
 from qwenlong.score_plot import draw_scores, uncertain_passages
+from qwenlong.score_windows import Window, choose_windows
 from qwenlong.storage import atomic_write, write_json
 from qwenlong.tokens import Tokens, read_document, tokenize
 
-# Tokens of one forward pass of the base model; attention's mask is [chunk, window].
-PREFILL_TOKENS = {"cpu": 1024, "cuda": 4096}
-
 _LOG_SECONDS = 10.0
-
-
-class Window(NamedTuple):
-    """The model reads tokens ``[start, end)`` after the prefix, scores ``[first_scored, end)``."""
-
-    start: int
-    first_scored: int
-    end: int
 
 
 class DocumentScores(NamedTuple):
@@ -75,6 +65,8 @@ class ScoreSettings:
     dtype: str = "auto"
     device: str = "auto"
     impl: str = "auto"
+    attention: str = "auto"
+    stream_weights: bool = False
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -91,82 +83,26 @@ class ScoreSettings:
                 raise InputError(f"--{option} is {value}; it must be at least {least}.")
 
 
-# --- windows -----------------------------------------------------------------
-
-
-def plan_windows(
-    tokens: int, window_tokens: int, overlap_tokens: int, n_prefix: int = 0
-) -> list[Window]:
-    """Cover ``tokens`` tokens with windows of at most ``window_tokens``, the prefix included.
-
-    Tokens ``1 ..`` (after a longer prefix: ``n_prefix ..``) are scored by exactly one window each.
-    """
-    windows = [Window(0, max(1, n_prefix), min(tokens, window_tokens))]
-    while (end := windows[-1].end) < tokens:
-        start = end - overlap_tokens
-        windows.append(Window(start, end, min(tokens, start + window_tokens - n_prefix)))
-    return windows
-
-
-def choose_windows(
-    tokens: Tokens, settings: ScoreSettings, context_tokens: int | None
-) -> list[Window]:
-    """The windows of a run, or an InputError that says which option to change."""
-    T, window, overlap = len(tokens.ids), settings.window_tokens, settings.overlap_tokens
-    if T <= max(1, tokens.n_prefix):
-        raise InputError(
-            f"{settings.input} has {T - tokens.n_prefix} token; scoring needs at least two."
-        )
-    if window is None:
-        if overlap is not None:
-            raise InputError("--overlap-tokens needs --window-tokens; give both or neither.")
-        if context_tokens is not None and T > context_tokens:
-            raise InputError(
-                f"{settings.input} has {T} tokens and the model reads {context_tokens} at a time; "
-                f"use --window-tokens {context_tokens} [--overlap-tokens N] or --max-tokens N."
-            )
-        return plan_windows(T, T, 1, tokens.n_prefix)
-    if context_tokens is not None and window > context_tokens:
-        raise InputError(
-            f"--window-tokens {window} is more than the model reads at a time; "
-            f"use at most {context_tokens}."
-        )
-    overlap = max(1, window // 8) if overlap is None else overlap
-    room = window - tokens.n_prefix
-    if overlap >= room:
-        raise InputError(
-            f"--overlap-tokens {overlap} leaves nothing new to score in a window of {room} tokens; "
-            f"use less than {room}."
-        )
-    return plan_windows(T, window, overlap, tokens.n_prefix)
-
-
 # --- scores ------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def score_tokens(
-    lm: CausalLM,
+    reader: Reader,
     tokens: Tokens,
     windows: list[Window],
     *,
     temperature: float = 1.0,
-    chunk_tokens: int | None = None,
-    impl: str = "auto",
-    prefill_tokens: int | None = None,
-    on_progress: Callable[[int], None] = lambda scored: None,
+    on_read: OnRead = lambda _tokens, _done, _layers: None,
 ) -> DocumentScores:
     """Score a document window by window.
 
     Args:
-        lm: the model, from ``load_causal_lm``.
+        reader: the model, from ``load_reader``.
         tokens: the document, from ``tokenize``.
         windows: from ``plan_windows``.
         temperature: the logits are divided by it, above 0.
-        chunk_tokens: rows of the head at a time; None leaves it to ``linear_logprob``.
-        impl: of ``linear_logprob``.
-        prefill_tokens: tokens of one forward pass; ``PREFILL_TOKENS`` of the device if None.
-        on_progress: called with the number of tokens read by each forward pass.
+        on_read: called with the number of tokens read since the last call, and how many of how many
+            layers have read them.
 
     Raises:
         InputError: the model gave NaN or infinity.
@@ -174,48 +110,18 @@ def score_tokens(
     T = len(tokens.ids)
     scores = DocumentScores(*(np.full(T, np.nan, dtype=np.float32) for _ in range(3)))
     ids = torch.from_numpy(tokens.ids)
-    step = prefill_tokens or PREFILL_TOKENS[lm.device.type]
+    parts = []
     for window in windows:
         prefix = ids[: tokens.n_prefix] if window.start else ids[:0]
-        window_ids = torch.cat([prefix, ids[window.start : window.end]]).to(lm.device)
         shift = window.start - len(prefix)  # row r of the window predicts token r + 1 + shift
-        first_row = window.first_scored - 1 - shift
-        for row, hidden_states in _hidden_states(lm, window_ids[:-1], step):
-            skip = max(0, first_row - row)  # rows of the overlap: read, not scored
-            on_progress(len(hidden_states))
-            if skip >= len(hidden_states):
-                continue
-            rows = slice(row + skip, row + len(hidden_states))
-            part = linear_logprob(
-                hidden_states[skip:],
-                lm.lm_head_weight,
-                window_ids[rows.start + 1 : rows.stop + 1],
-                bias=lm.lm_head_bias,
-                temperature=temperature,
-                logit_scale=lm.logit_scale,
-                softcap=lm.softcap,
-                chunk_tokens=chunk_tokens,
-                impl=impl,
-            )
-            into = slice(rows.start + 1 + shift, rows.stop + 1 + shift)
-            for name in DocumentScores._fields:
-                getattr(scores, name)[into] = getattr(part, name).cpu().numpy()
-            _check_finite(scores, into)
+        window_ids = torch.cat([prefix, ids[window.start : window.end]])
+        parts.append(Part(window_ids, window.first_scored - 1 - shift))
+    for window, part in zip(windows, reader.read(parts, temperature, on_read), strict=True):
+        into = slice(window.first_scored, window.end)
+        for name in DocumentScores._fields:
+            getattr(scores, name)[into] = getattr(part, name).numpy()
+        _check_finite(scores, into)
     return scores
-
-
-def _hidden_states(
-    lm: CausalLM, ids: torch.Tensor, step: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield hidden states ``[rows, H]`` of ``ids [L]`` in parts, each with its first row."""
-    if not lm.can_prefill_in_chunks or len(ids) <= step:
-        yield 0, lm.base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        return
-    cache = DynamicCache(config=lm.model.config)
-    for start in range(0, len(ids), step):
-        part = ids[None, start : start + step]
-        output = lm.base(input_ids=part, past_key_values=cache, use_cache=True)
-        yield start, output.last_hidden_state[0]
 
 
 def _check_finite(scores: DocumentScores, into: slice) -> None:
@@ -270,7 +176,7 @@ def _versions() -> dict[str, str | None]:
     }
 
 
-def _check_out(out: Path, force: bool) -> None:
+def check_out(out: Path, force: bool) -> None:
     """Refuse before the work what would fail after it."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out takes a folder.")
@@ -286,34 +192,23 @@ def run(settings: ScoreSettings, out: Path, console: Console, *, force: bool = F
 
     Nothing is written before everything is computed. Each file appears whole, scores.json last.
     """
-    _check_out(out, force)
+    check_out(out, force)
     text = read_document(settings.input)
     tokenizer = load_tokenizer(settings.model)
     tokens = tokenize(tokenizer, text, settings.max_tokens)
-    with console.status(f"loading {settings.model}"):
-        lm = load_causal_lm(
-            settings.model, dtype=settings.dtype, device=settings.device, impl=settings.impl
-        )
-    V = lm.lm_head_weight.shape[0]
-    if int(tokens.ids.max(initial=0)) >= V:
-        raise InputError(
-            f"the tokenizer in {settings.model} gives id {tokens.ids.max()} and the model has {V}; "
-            "use the tokenizer that belongs to the model."
-        )
-    windows = choose_windows(tokens, settings, lm.context_tokens)
-    if lm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
+    reader = open_reader(settings, console)
+    check_vocabulary(tokens.ids, reader, settings.model)
+    windows = choose_windows(
+        tokens,
+        settings.input,
+        settings.window_tokens,
+        settings.overlap_tokens,
+        reader.context_tokens,
+    )
     started = time.perf_counter()
-    with _progress(console, _reads(windows, tokens.n_prefix)) as on_progress:
+    with show_progress(console, _reads(windows, tokens.n_prefix)) as on_read:
         scores = score_tokens(
-            lm,
-            tokens,
-            windows,
-            temperature=settings.temperature,
-            chunk_tokens=settings.chunk_tokens,
-            impl=settings.impl,
-            on_progress=on_progress,
+            reader, tokens, windows, temperature=settings.temperature, on_read=on_read
         )
     seconds = time.perf_counter() - started
 
@@ -323,17 +218,60 @@ def run(settings: ScoreSettings, out: Path, console: Console, *, force: bool = F
         **totals,
         "seconds": seconds,
         "tokens_per_second": totals["scored_tokens"] / seconds,
-        "peak_memory_bytes": _peak_memory(),
         "most_uncertain": [passage._asdict() for passage in passages],
         "windows": [window._asdict() for window in windows],
         "prefix_tokens": tokens.n_prefix,
-        "dtype": str(lm.lm_head_weight.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if lm.device.type == "cuda" else "cpu",
-        "settings": asdict(settings),
-        "versions": _versions(),
+        **describe_run(settings, reader),
     }
     _save(out, tokens, scores, summary, windows, passages)
     return summary
+
+
+def open_reader(
+    settings: ScoreSettings, console: Console, *, needs_scorer: str | None = None
+) -> Reader:
+    """The model that ``settings`` ask for, its loading shown."""
+    if needs_scorer is None and settings.stream_weights:
+        needs_scorer = "--stream-weights"
+    if needs_scorer is None and settings.attention != "auto":
+        needs_scorer = "--attention"
+    with console.status(f"loading {settings.model}") as status:
+        reader = load_reader(
+            settings.model,
+            dtype=settings.dtype,
+            device=settings.device,
+            impl=settings.impl,
+            attention=settings.attention,
+            stream_weights=settings.stream_weights,
+            chunk_tokens=settings.chunk_tokens,
+            needs_scorer=needs_scorer,
+            on_layer_loaded=lambda done, layers: status.update(
+                f"loading {settings.model}, layer {done} of {layers}"
+            ),
+        )
+    if reader.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return reader
+
+
+def check_vocabulary(ids: np.ndarray, reader: Reader, model: str) -> None:
+    if int(ids.max(initial=0)) >= reader.V:
+        raise InputError(
+            f"the tokenizer in {model} gives id {ids.max()} and the model has {reader.V}; "
+            "use the tokenizer that belongs to the model."
+        )
+
+
+def describe_run(settings: ScoreSettings, reader: Reader) -> dict[str, Any]:
+    """What scores.json says of how it was made."""
+    return {
+        "peak_memory_bytes": _peak_memory(),
+        **reader.describe(),
+        "dtype": str(reader.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if reader.device.type == "cuda" else "cpu",
+        "settings": asdict(settings),
+        "versions": _versions(),
+    }
 
 
 def _reads(windows: list[Window], n_prefix: int) -> int:
@@ -342,32 +280,36 @@ def _reads(windows: list[Window], n_prefix: int) -> int:
 
 
 @contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+def show_progress(console: Console, total: int) -> Iterator[OnRead]:
     """A bar with tokens/s and time left; in a log, a line every ``_LOG_SECONDS``."""
     started = said = time.perf_counter()
-    read = 0
+    read = 0.0
     columns = (
         *(TextColumn("scoring"), BarColumn(), TaskProgressColumn()),
-        *(TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("left")),
+        *(TextColumn("{task.fields[layer]}"), TextColumn("{task.fields[speed]}")),
+        *(TimeRemainingColumn(), TextColumn("left")),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total, speed="")
+        task = bar.add_task("", total=total, speed="", layer="")
 
-        def on_progress(tokens: int) -> None:
+        def on_read(tokens: float, done: int, layers: int) -> None:
             nonlocal read, said
             read += tokens
             now = time.perf_counter()
             speed = read / (now - started)
-            bar.update(task, completed=read, speed=f"{speed:,.0f} tokens/s")
+            layer = f"layer {done} of {layers}" if layers > 1 else ""
+            bar.update(task, completed=read, speed=f"{speed:,.0f} tokens/s", layer=layer)
             if not console.is_terminal and now - said >= _LOG_SECONDS:
                 said = now
                 left = (total - read) / speed
+                where = f" ({layer})" if layer else ""
                 console.print(
-                    f"read {read:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left:.0f} s left",
+                    f"read {read:,.0f} of {total:,} tokens{where}, {speed:,.0f} tokens/s, "
+                    f"{abs(left):.0f} s left",
                     highlight=False,
                 )
 
-        yield on_progress
+        yield on_read
 
 
 def _save(
@@ -400,7 +342,8 @@ def print_summary(console: Console, summary: dict, out: Path) -> None:
         "bits per character": "none" if bits is None else f"{bits:.4f}",
         "mean entropy": f"{summary['mean_entropy']:.4f} nats",
         "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['seconds']:.1f} s "
-        f"({summary['dtype']}, {summary['device']})",
+        f"({summary['dtype']}, {summary['device']}, {summary['attention']} attention, "
+        f"weights {summary['weights']})",
         "peak memory": f"{memory['host'] / 1e9:.2f} GB{device}",
         "scores": str(out / "scores.safetensors"),
         "summary": str(out / "scores.json"),
@@ -412,28 +355,43 @@ def print_summary(console: Console, summary: dict, out: Path) -> None:
 
 def run_command(settings: ScoreSettings, out: Path, *, force: bool) -> None:
     """``run`` for a terminal: progress on standard error, the summary on standard output."""
+    with _sentences():
+        summary = run(settings, out, Console(stderr=True), force=force)
+    print_summary(Console(), summary, out)
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """No chatter of transformers; too little memory is one sentence that says what to do."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        summary = run(settings, out, Console(stderr=True), force=force)
+        yield
+    except NotEnoughMemory as error:
+        raise InputError(in_options(error)) from error
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "the GPU has too little memory; use a smaller --chunk-tokens or --window-tokens, "
-            "or --device cpu."
+            "the GPU has too little memory; use --stream-weights, a smaller --chunk-tokens or "
+            "--window-tokens, or --device cpu."
         ) from error
-    print_summary(Console(), summary, out)
 
 
 def score(
     model: Annotated[Path, typer.Option(help="Folder of a causal language model.")],
-    input: Annotated[str, typer.Option(help="UTF-8 text file, or - for standard input.")],
+    input: Annotated[
+        str | None, typer.Option(help="UTF-8 text file, or - for standard input.")
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with a prompt and its answers each, instead of --input."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; INPUT's name with .scores if left out."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="The logits are divided by it.")] = 1.0,
     chunk_tokens: Annotated[
-        int | None, typer.Option(help="Rows of logits at a time; less needs less memory.")
+        int | None, typer.Option(help="Tokens that MLP and experts work on at a time.")
     ] = None,
     window_tokens: Annotated[
         int | None, typer.Option(help="Read a long document in windows of this many tokens.")
@@ -451,12 +409,23 @@ def score(
     impl: Annotated[
         str, typer.Option(help="Of the head: auto, triton, cpu, torch or reference.")
     ] = "auto",
+    attention: Annotated[
+        str, typer.Option(help="auto, flash-attn-4, flash-attn-3, cudnn, flash-attn-2 or sdpa.")
+    ] = "auto",
+    stream_weights: Annotated[
+        bool,
+        typer.Option("--stream-weights", help="Keep the layers in host memory (CPU: on disk)."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace earlier scores.")] = False,
 ) -> None:
     """Log-prob and entropy of every token of a document, in bounded memory at any length."""
+    if (input is None) == (answers is None):
+        raise InputError("give either --input or --answers.")
+    if answers is not None and (window_tokens or overlap_tokens or max_tokens):
+        raise InputError("--answers takes whole prompts; leave the window and --max-tokens out.")
     settings = ScoreSettings(
         model=str(model),
-        input=input,
+        input=str(answers) if input is None else input,
         temperature=temperature,
         chunk_tokens=chunk_tokens,
         window_tokens=window_tokens,
@@ -465,8 +434,17 @@ def score(
         dtype=dtype,
         device=device,
         impl=impl,
+        attention=attention,
+        stream_weights=stream_weights,
     )
     if out is None:
-        source = Path("stdin" if input == "-" else input)
+        source = Path("stdin" if input == "-" else settings.input)
         out = source.parent / f"{source.stem}.scores"
-    run_command(settings, out, force=force)
+    if answers is None:
+        run_command(settings, out, force=force)
+        return
+    from qwenlong.score_groups import print_groups, run_groups
+
+    with _sentences():
+        summary = run_groups(settings, out, Console(stderr=True), force=force)
+    print_groups(Console(), summary, out)

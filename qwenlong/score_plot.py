@@ -150,6 +150,70 @@ def draw_scores(
         figure.savefig(file, format="png")
 
 
+_NAMED_GROUPS = 60  # more have numbers on the axis
+
+
+def draw_groups(
+    file: IO[bytes], rows: Sequence[dict], by_position: dict[str, np.ndarray], title: str
+) -> None:
+    """Write a PNG of scored answers.
+
+    Args:
+        file: opened for bytes.
+        rows: one per group, with ``answers`` of ``tokens``, ``logprob`` and ``mean_entropy``.
+        by_position: ``entropy`` and ``surprise``, means over all answers of their r-th token, and
+            how many ``answers`` have one; each ``[R_max]``.
+        title: one line.
+    """
+    figure = Figure(figsize=(12, 7.2), dpi=110, layout="constrained")
+    top, bottom = figure.subplots(2, 1)
+    for name in ("entropy", "surprise"):
+        values = [
+            (g, a["mean_entropy"] if name == "entropy" else -a["logprob"] / a["tokens"])
+            for g, row in enumerate(rows)
+            for a in row["answers"]
+            if a["tokens"]
+        ]
+        shift = -0.15 if name == "entropy" else 0.15
+        at, mean = np.array(values).reshape(-1, 2).T
+        top.scatter(at + shift, mean, s=16, alpha=0.6, color=_COLORS[name], label=f"mean {name}")
+        line = by_position[name]
+        where = np.arange(1, len(line) + 1)
+        bottom.plot(where, line, color=_COLORS[name], alpha=0.3, linewidth=0.7)
+        smooth = _smoothed(line) if len(line) else line
+        bottom.plot(where, smooth, color=_COLORS[name], linewidth=1.6, label=f"mean {name}")
+    top.set_ylabel("nats per token")
+    top.set_xlabel("group")
+    if len(rows) <= _NAMED_GROUPS:
+        names = [row["id"] if row["id"] is not None else str(row["line"] + 1) for row in rows]
+        top.set_xticks(
+            range(len(rows)), [textwrap.shorten(name, 14) for name in names], fontsize=7,
+            rotation=45 if len(rows) > 12 else 0, parse_math=False,
+        )  # fmt: skip
+    bottom.set_ylabel("nats, mean of all answers")
+    bottom.set_xlabel("token of the answer")
+    counts = bottom.twinx()
+    answers = by_position["answers"]
+    counts.fill_between(
+        np.arange(1, len(answers) + 1), answers, color="0.5", alpha=0.12, step="mid"
+    )
+    counts.set_ylabel("answers that are this long", color="0.4")
+    counts.set_ylim(bottom=0)
+    for axes in (top, bottom):
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", alpha=0.2)
+        axes.spines[["top"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(
+                loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1, ncols=2, fontsize=8,
+                frameon=False,
+            )  # fmt: skip
+    top.set_title(title, loc="left", fontsize=12, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(file, format="png")
+
+
 def _draw_quotes(axes: Any, passages: Sequence[Passage]) -> None:
     axes.axis("off")
     if not passages:

@@ -1,4 +1,4 @@
-"""One decoder layer over all rows of a pass, in place on the residual stream.
+"""One decoder layer over all rows of a pass.
 
     x += O attention(rotate(norm(Q n)), rotate(norm(K n)), V n),  n = rms_norm(x)
     x += mlp(rms_norm(x))
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from qlkernels.moe import moe_mlp
 from qlkernels.moe_routing import moe_route
 from qlkernels.scorer.decoder import Decoder
 from qlkernels.scorer.elementwise import norm_and_rotate_, rms_norm
@@ -42,13 +43,13 @@ class Pass:
         return [slice(a, min(T, a + self.chunk_tokens)) for a in range(0, T, self.chunk_tokens)]
 
 
-def run_layer(x: torch.Tensor, layer: int, w: Weights, step: Pass) -> None:
-    """Add attention and MLP of ``layer`` to ``x [T, H]``."""
+def run_layer(x: torch.Tensor, layer: int, w: Weights, step: Pass) -> torch.Tensor:
+    """``x [T, H]`` with attention and MLP of ``layer`` added; the memory of ``x`` is written."""
     _add_attention(x, w, step)
     if layer in step.decoder.moe_layers:
-        _add_experts(x, w, step)
-    else:
-        _add_mlp(x, w, step)
+        return _plus_experts(x, w, step)
+    _add_mlp(x, w, step)
+    return x
 
 
 def _add_attention(x: torch.Tensor, w: Weights, step: Pass) -> None:
@@ -92,7 +93,7 @@ def _add_mlp(x: torch.Tensor, w: Weights, step: Pass) -> None:
         _add_linear(x[rows], gate, w, "mlp.down_proj")
 
 
-def _add_experts(x: torch.Tensor, w: Weights, step: Pass) -> None:
+def _plus_experts(x: torch.Tensor, w: Weights, step: Pass) -> torch.Tensor:
     decoder = step.decoder
     step.mark("elementwise")
     n = rms_norm(x, w["post_attention_layernorm.weight"], decoder.eps)
@@ -102,24 +103,15 @@ def _add_experts(x: torch.Tensor, w: Weights, step: Pass) -> None:
     routing = moe_route(
         logits, decoder.top_k, norm_topk_prob=decoder.norm_topk_prob, weights_dtype=x.dtype
     )
-    for rows in step.chunks(x.shape[0]):
-        x[rows] += _mix_experts(
-            n[rows],
-            routing.topk_ids[rows],
-            routing.topk_weights[rows].to(x.dtype),
-            w["mlp.experts.gate_up_proj"],
-            w["mlp.experts.down_proj"],
-        )
-
-
-def _mix_experts(n, ids, weights, w_gate_up, w_down):
-    out = torch.zeros_like(n)
-    for expert in ids.unique().tolist():
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (n[token] @ w_gate_up[expert].T).chunk(2, dim=-1)
-        mixed = (F.silu(gate) * up) @ w_down[expert].T
-        out.index_add_(0, token, mixed * weights[token, slot, None])
-    return out
+    return moe_mlp(
+        n,
+        routing.topk_ids,
+        routing.topk_weights,
+        w["mlp.experts.gate_up_proj"],
+        w["mlp.experts.down_proj"],
+        residual=x,
+        chunk_tokens=step.chunk_tokens,
+    )
 
 
 def _linear(n: torch.Tensor, w: Weights, name: str, out: torch.Tensor) -> None:

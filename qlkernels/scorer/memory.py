@@ -2,15 +2,18 @@
 
 With T rows, c = min(T, chunk_tokens), n scored rows, b bytes a value, N = heads, M = kv_heads:
 
-    always      T (H + D) b + 26 T                          residual stream, rotation, ids
-    attention   T (2 N + 2 M) D b + 4 T N                   q, k, v, output; its log-sum-exp
+    always      T (H + D) b + 26 T                     residual stream, rotation, ids
+    attention   T (2 N + 2 M) D b + 4 T N              q, k, v, output; its log-sum-exp
+                + T N D b where several sequences or groups are done piece by piece
     mlp         c (H + 2 I) b
-    experts     T (2 H + E) b + 16 T k + c k (2 H + 3 I) b + 64 MB        input, output, routing
-    head        2 T H b + 12 T + 512 MB                     normed rows, scores, folded tiles
+    experts     T (2 H + E) b + 16 T k                 input, output, routing
+                + max(c k (H + I) b, 384 MB)           routed rows of a chunk; fp32 logits
+    head        2 T H b + 28 T + 512 MB                normed rows, scores, folded tiles
     peak        weights + always + max(attention, mlp, experts, head)
 
 ``weights`` is the model, or with streaming two of its layers and its head. On the CPU the fp32
-temporaries of the eager norms and the fp32 copy of a 16-bit head are counted as well.
+temporaries of the eager norms, of merging and of the experts, and the fp32 copy of a 16-bit head
+are counted as well.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ def estimate_memory(
     dtype: torch.dtype = torch.bfloat16,
     chunk_tokens: int | None = None,
     stream_weights: bool = False,
+    is_one_sequence: bool = True,
     device_type: str = "cuda",
 ) -> MemoryEstimate:
     """What a pass over ``tokens`` packed rows needs at its peak.
@@ -70,6 +74,7 @@ def estimate_memory(
         dtype: of the weights.
         chunk_tokens: as given to ``Scorer``; its default for the device if None.
         stream_weights: two layers on the device instead of all.
+        is_one_sequence: False for several packed sequences and for groups.
         device_type: ``"cuda"`` or ``"cpu"``.
 
     Returns:
@@ -83,15 +88,16 @@ def estimate_memory(
     out = decoder.heads * D
     # fp32 copies of a few rows inside the eager norms
     norm = 3 * min(c, REFERENCE_ROWS) * max(H, out) * 4 if on_cpu else 0
+    outputs = 1 if is_one_sequence else 3 if on_cpu else 2
     parts = {
         "projections": T * qkv * b + c * H * b + norm,
-        "attention": T * (qkv + out) * b + 4 * T * decoder.heads,
+        "attention": T * (qkv + outputs * out) * b + 4 * T * decoder.heads,
         "head": _head_bytes(decoder, T, b, on_cpu) + norm,
     }
     if len(decoder.moe_layers) < decoder.layers:
-        parts["mlp"] = c * (H + 2 * decoder.I) * b + norm
+        parts["mlp"] = c * H * b + max(norm, 2 * c * decoder.I * b)
     if decoder.moe_layers:
-        parts["experts"] = _expert_bytes(decoder, T, c, b, on_cpu) + norm
+        parts["experts"] = max(_expert_bytes(decoder, T, c, b, on_cpu), T * H * b + norm)
     return MemoryEstimate(
         tokens=T,
         weights=_weight_bytes(decoder, dtype, stream_weights, on_cpu),
@@ -110,10 +116,12 @@ def _head_bytes(decoder: Decoder, T: int, b: int, on_cpu: bool) -> int:
 
 
 def _expert_bytes(decoder: Decoder, T: int, c: int, b: int, on_cpu: bool) -> int:
-    H, E, k = decoder.H, decoder.E, decoder.top_k
+    H, E, k, I = decoder.H, decoder.E, decoder.top_k, decoder.expert_I  # noqa: E741
     whole = T * (2 * H + E) * b + 16 * T * k
     routing = min(_ROUTING, 4 * T * E) * 6
-    mixing = c * k * (2 * H + 3 * decoder.expert_I) * b + 16 * c * k
+    mixing = c * k * (H + I) * b
+    if on_cpu:  # gathered rows, pre-activations and fp32 activations too
+        mixing = c * k * ((2 * H + 2 * I) * b + (H + 2 * I) * 4)
     return whole + max(routing, mixing)
 
 
@@ -152,10 +160,11 @@ def what_would_fit(
     dtype: torch.dtype,
     chunk_tokens: int,
     stream_weights: bool,
+    is_one_sequence: bool,
     device_type: str,
 ) -> str:
     """The nearest setting whose pass fits into ``available`` bytes beside today's weights."""
-    options = dict(dtype=dtype, device_type=device_type)
+    options = dict(dtype=dtype, device_type=device_type, is_one_sequence=is_one_sequence)
 
     def fits(T: int, chunk: int, stream: bool) -> bool:
         found = estimate_memory(decoder, T, chunk_tokens=chunk, stream_weights=stream, **options)

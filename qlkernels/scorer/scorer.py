@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from qlkernels._dispatch import pick_impl
 from qlkernels._scores import TokenScores
+from qlkernels.attention import attention, choose_backend, prefix_attention, why_not
 from qlkernels.linear_logprob import linear_logprob
 from qlkernels.prefix_group import PackedGroups
 from qlkernels.scorer.checkpoint import Checkpoint
 from qlkernels.scorer.decoder import Decoder, find_parts, named_layer
 from qlkernels.scorer.elementwise import rms_norm
-from qlkernels.scorer.layer import Pass, run_layer
+from qlkernels.scorer.layer import Attend, Pass, run_layer
 from qlkernels.scorer.memory import (
     CHUNK_TOKENS,
     MemoryEstimate,
@@ -51,6 +53,8 @@ class Scorer:
         *,
         stream_weights: bool = False,
         device: torch.device | str | None = None,
+        attention: str | Sequence[str] = "auto",
+        impl: str = "auto",
         chunk_tokens: int | None = None,
         memory_bytes: int | None = None,
     ):
@@ -62,6 +66,10 @@ class Scorer:
                 on the device.
             device: where passes run. By default the model's, or with ``stream_weights`` the GPU
                 where there is one.
+            attention: ``"auto"`` for the fastest backend that can run, a name of
+                ``qlkernels.attention``, or an order of names of which the first that can run is
+                taken. The attribute ``attention`` says which it is.
+            impl: of ``linear_logprob``.
             chunk_tokens: rows that projections, MLP and experts work on at a time; by default
                 32,768 on a GPU and 1,024 on the CPU.
             memory_bytes: the most that a pass may take beside the weights; by default what the
@@ -99,7 +107,7 @@ class Scorer:
             )
         else:
             self._weights = ResidentWeights(layers, ends)
-        self._finish(base.rotary_emb, chunk_tokens, memory_bytes)
+        self._finish(base.rotary_emb, attention, impl, chunk_tokens, memory_bytes)
 
     @classmethod
     def from_folder(
@@ -109,6 +117,8 @@ class Scorer:
         stream_weights: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        attention: str | Sequence[str] = "auto",
+        impl: str = "auto",
         chunk_tokens: int | None = None,
         memory_bytes: int | None = None,
         on_layer_loaded: Callable[[int, int], None] | None = None,
@@ -120,7 +130,7 @@ class Scorer:
             stream_weights: layers lie in page-locked host memory, or on the CPU stay on disk.
             dtype: of the weights and of every pass; that of the checkpoint if None.
             device: the GPU where there is one, if None.
-            chunk_tokens, memory_bytes: as in the constructor.
+            attention, impl, chunk_tokens, memory_bytes: as in the constructor.
             on_layer_loaded: called with (layers loaded, layers in all).
 
         Raises:
@@ -164,16 +174,29 @@ class Scorer:
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
         # buffers of a model on the meta device are empty: the rotary embedding is made again
-        self._finish(type(find_parts(shell)[0].rotary_emb)(config), chunk_tokens, memory_bytes)
+        rotary = type(find_parts(shell)[0].rotary_emb)(config)
+        self._finish(rotary, attention, impl, chunk_tokens, memory_bytes)
         return self
 
     def _finish(
-        self, rotary: torch.nn.Module, chunk_tokens: int | None, memory_bytes: int | None
+        self,
+        rotary: torch.nn.Module,
+        attention: str | Sequence[str],
+        impl: str,
+        chunk_tokens: int | None,
+        memory_bytes: int | None,
     ) -> None:
         _check_dtype(self._weights.dtype)
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"Scorer: chunk_tokens must be at least 1, got {chunk_tokens}")
-        self._rotary = rotary
+        self.attention = _choose_attention(
+            attention, self.device, self._weights.dtype, self.decoder.head_dim
+        )
+        self._rotary, self._impl = rotary, impl
+        nothing = torch.empty(0, self.decoder.H, dtype=self.dtype, device=self.device)
+        targets = torch.empty(0, dtype=torch.int64, device=self.device)
+        head = torch.empty(1, self.decoder.H, dtype=self.dtype, device=self.device)
+        linear_logprob(nothing, head, targets, impl=impl)  # refuses an impl that cannot run
         self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[self.device.type]
         self.memory_bytes = memory_bytes
         # called with the name of each part of a pass as it begins, for measurements
@@ -187,30 +210,32 @@ class Scorer:
     def is_streaming(self) -> bool:
         return isinstance(self._weights, StreamedWeights)
 
-    def estimate(self, tokens: int) -> MemoryEstimate:
-        """Memory of a pass over ``tokens`` rows on this scorer's device, from sizes alone."""
-        return estimate_memory(self.decoder, tokens, **self._settings())
+    def estimate(self, tokens: int, *, is_one_sequence: bool = True) -> MemoryEstimate:
+        """Memory of a pass over ``tokens`` rows with this scorer; see ``estimate_memory``."""
+        return estimate_memory(self.decoder, tokens, **self._settings(is_one_sequence))
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, is_one_sequence: bool) -> dict[str, Any]:
         return dict(
             dtype=self.dtype,
             chunk_tokens=self.chunk_tokens,
             stream_weights=self.is_streaming,
+            is_one_sequence=is_one_sequence,
             device_type=self.device.type,
         )
 
-    def _check_memory(self, tokens: int) -> None:
+    def _check_memory(self, rows: Rows) -> None:
         available = self.memory_bytes
         if available is None:
             available = available_bytes(self.device)
         if available is None:
             return
-        needed = self.estimate(tokens).activations
+        settings = self._settings(len(rows.seqlens) == 1)
+        needed = estimate_memory(self.decoder, len(rows), **settings).activations
         if needed > available:
             raise NotEnoughMemory(
-                f"Scorer: a pass over {tokens} tokens needs {_gb(needed)} beside the weights and "
-                f"{_gb(available)} are free on {self.device}; "
-                f"{what_would_fit(self.decoder, tokens, available, **self._settings())}"
+                f"Scorer: a pass over {len(rows)} tokens needs {_gb(needed)} beside the weights "
+                f"and {_gb(available)} are free on {self.device}; "
+                f"{what_would_fit(self.decoder, len(rows), available, **settings)}"
             )
 
     # --- passes --------------------------------------------------------------
@@ -258,6 +283,7 @@ class Scorer:
             rows.target_ids,
             temperature=temperature,
             row_mask=rows.is_scored,
+            impl=self._impl,
         )
 
     @torch.no_grad()
@@ -288,14 +314,21 @@ class Scorer:
         self, rows: Rows, on_layer: Callable[[int, int], None] | None
     ) -> torch.Tensor:
         """The residual stream ``[T, H]`` behind the last layer."""
-        self._check_memory(len(rows))
+        self._check_memory(rows)
         self.on_part("embedding")
         x = self._weights.embed(rows.input_ids)
         cos, sin = self._rotation(rows.position_ids)
-        step = Pass(self.decoder, cos, sin, _attention(rows), self.chunk_tokens, self.on_part)
+        step = Pass(
+            self.decoder,
+            cos,
+            sin,
+            _attention(rows, self.attention),
+            self.chunk_tokens,
+            self.on_part,
+        )
         report = _Progress(on_layer, self.decoder.layers, self.device)
         for i, weights in enumerate(self._weights.layers()):
-            run_layer(x, i, weights, step)
+            x = run_layer(x, i, weights, step)
             report.after(i)
         self.on_part("head")
         return x
@@ -338,37 +371,29 @@ class _Progress:
             self._on_layer(done + 1, self._layers)
 
 
-def _attention(rows: Rows) -> Callable:
+def _attention(rows: Rows, backend: str) -> Attend:
     """Causal attention of every sequence; an answer of a group sees its prompt too."""
+    if rows.layout is not None:
+        return partial(prefix_attention, layout=rows.layout, backend=backend)
+    return partial(
+        attention,
+        cu_seqlens=rows.cu_seqlens,
+        max_seqlen=max(rows.seqlens),
+        lengths=rows.seqlens,
+        backend=backend,
+    )
 
-    def sdpa(q, k, v, **options):
-        q, k, v = (a.transpose(0, 1)[None] for a in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
-        return out[0].transpose(0, 1)
 
-    def attend(q, k, v):
-        out = torch.empty_like(q)
-        borders = rows.cu_seqlens.tolist()
-        prefix_of = range(len(borders) - 1)
-        if rows.layout is not None:
-            prefix_of = rows.layout.prefix_of.tolist()
-        for s, (a, b) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
-            if a == b:
-                continue
-            if prefix_of[s] == s:
-                out[a:b] = sdpa(q[a:b], k[a:b], v[a:b], is_causal=True)
-                continue
-            pa, pb = borders[prefix_of[s]], borders[prefix_of[s] + 1]
-            mask = torch.ones(b - a, pb - pa + b - a, dtype=torch.bool).tril(pb - pa)
-            keys, values = (torch.cat([y[pa:pb], y[a:b]]) for y in (k, v))
-            out[a:b] = sdpa(q[a:b], keys, values, attn_mask=mask.to(q.device))
-        return out
-
-    return attend
+def _choose_attention(order: str | Sequence[str], device: torch.device, dtype: torch.dtype, D: int):
+    """The first backend of ``order`` that can run."""
+    if isinstance(order, str):
+        return choose_backend(device, dtype, D, backend=order)
+    blockers = {name: why_not(name, device, dtype, D) for name in order}
+    return pick_impl("Scorer attention", "auto", blockers)
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _check_room_for_weights(

@@ -306,3 +306,23 @@ def test_wrong_types(models):
         Scorer(models("llama")).score(torch.ones(3))
     with pytest.raises(ValueError, match="chunk_tokens"):
         Scorer(models("llama"), chunk_tokens=0)
+
+
+# --- attention ---------------------------------------------------------------
+
+
+def test_the_chosen_attention_is_said_and_its_order_kept(models):
+    ids, cu_seqlens = packed()
+    layout = pack_groups(PROMPTS, ANSWERS)
+    auto = Scorer(models("qwen3"))
+    assert auto.attention == "sdpa"
+    ordered = Scorer(models("qwen3"), attention=("flash-attn-4", "cudnn", "torch", "sdpa"))
+    assert ordered.attention == "torch"
+    for inputs in (dict(inputs=ids, cu_seqlens=cu_seqlens), dict(inputs=layout)):
+        expect_close(ordered.score(**inputs), auto.score(**inputs)._asdict())
+    with pytest.raises(RuntimeError, match="'cudnn' cannot run here: it needs tensors on a CUDA"):
+        Scorer(models("qwen3"), attention="cudnn")
+    with pytest.raises(RuntimeError, match="nothing can run here.*flash-attn-4"):
+        Scorer(models("qwen3"), attention=["flash-attn-4", "cudnn"])
+    with pytest.raises(ValueError, match="unknown backend 'magic'"):
+        Scorer(models("qwen3"), attention="magic")
