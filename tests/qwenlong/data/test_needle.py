@@ -102,10 +102,10 @@ def test_repeats_and_the_seed_matters():
 
 def test_passages_come_again_with_other_facts():
     """Two sentences a passage, two passages, 4 questions each: 20 samples are 5 plantings."""
-    made = needle_samples(20, 0, questions=4, document_tokens=5, eval_fraction=0.5, source=TOY)
+    made = needle_samples(20, 0, questions=4, document_tokens=6, eval_fraction=0.5, source=TOY)
     assert len({s.documents[0].text for s in made}) == 5
     assert len({s.id for s in made}) == 20
-    once = needle_samples(None, 0, questions=4, document_tokens=5, eval_fraction=0.5, source=TOY)
+    once = needle_samples(None, 0, questions=4, document_tokens=6, eval_fraction=0.5, source=TOY)
     assert once == made[:8]
 
 
