@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from qlkernels import pack_groups
+from qlkernels.attention import BACKENDS, why_not
 from qlkernels.hf import attention as hf_attention
 from qlkernels.hf.attention import disable, enable, packed_groups
+from qlkernels.testing import assert_as_accurate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -351,3 +353,50 @@ def test_dropout_is_refused():
         model(input_ids=layout.input_ids[None])
     model.eval()
     assert_same(grouped(model, layout), separately(model), 1e-5)
+
+
+# --- on a GPU ----------------------------------------------------------------------
+
+
+def cuda_or_skip(backend, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    why = why_not(backend, "cuda", dtype, 64)
+    if why is not None:
+        pytest.skip(f"{backend}: {why}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_fp32(family):
+    cuda_or_skip("torch", torch.float32)
+    model = tiny(family, device="cuda")
+    layout = pack_groups(PROMPTS, ANSWERS).to("cuda")
+    assert_same(grouped(model, layout), separately(model), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
+def test_gpu_bf16(family, backend):
+    """Against the same weights in fp32, at most twice the error of separate sequences in bf16."""
+    cuda_or_skip(backend, torch.bfloat16)
+    sizes = dict(hidden_size=256, head_dim=64, max_position_embeddings=4096)
+    model = tiny(family, torch.bfloat16, device="cuda", **sizes)
+    g = torch.Generator().manual_seed(0)
+    lengths = ([1500, 1, 70], [[300, 0, 40], [5, 6], [90]])
+    prompts = [torch.randint(61, (P,), generator=g).tolist() for P in lengths[0]]
+    answers = [
+        [torch.randint(61, (R,), generator=g).tolist() for R in group] for group in lengths[1]
+    ]
+    layout = pack_groups(prompts, answers).to("cuda")
+    truth = separately(copy.deepcopy(model).float(), prompts, answers)
+    baseline = separately(model, prompts, answers)
+    found = grouped(model, layout, backend=backend)
+    assert_as_accurate("logprobs", found[0], truth[0], baseline[0], floor=2**-8)
+
+    def error(gradients):  # over all parameters
+        pairs = [(gradients[1][n].double(), x.double()) for n, x in truth[1].items()]
+        return sum(float((a - b).square().sum() / b.square().sum()) for a, b in pairs) ** 0.5
+
+    assert error(found) <= 2 * error(baseline), (error(found), error(baseline))
