@@ -145,8 +145,13 @@ def open_client(settings: AskSettings, tokenizer: Any, cache: Path) -> Client:
         "max_concurrency": settings.concurrency,
     }
     if settings.base_url is not None:
+        # Streamed, so that the time-out is about silence, not about a long memory being written.
         return ChatClient(
-            settings.base_url, model=settings.model, timeout=settings.timeout_seconds, **options
+            settings.base_url,
+            model=settings.model,
+            timeout=settings.timeout_seconds,
+            stream=True,
+            **options,
         )
     if not tokenizer.chat_template:
         raise InputError(

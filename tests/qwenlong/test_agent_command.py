@@ -161,7 +161,17 @@ REFUSED = ("status", 400, ())
 
 
 @pytest.mark.parametrize(
-    "fault", ["hang up", ("status", 500, ()), ("status", 503, ()), "half", "not json", "no choices"]
+    "fault",
+    [
+        "hang up",
+        ("status", 500, ()),
+        ("status", 503, ()),
+        ("status", 429, (("Retry-After", "0"),)),
+        "half",
+        "no finish",
+        "bad chunk",
+        "not json",
+    ],
 )
 def test_a_fault_is_ridden_out(document, reading, quick, fault):
     script = ["ok", fault, fault, "ok", fault]
@@ -171,8 +181,9 @@ def test_a_fault_is_ridden_out(document, reading, quick, fault):
     assert row["answer"] == "four" and len(server.bodies) == row["calls"] + 3
 
 
-def test_a_stall_ends_with_the_time_out(document, reading, quick):
-    with serve(["ok", "stall"]) as (server, url):
+@pytest.mark.parametrize("stall", ["stall", "half stall"])
+def test_a_stall_ends_with_the_time_out(document, reading, quick, stall):
+    with serve(["ok", stall]) as (server, url):
         started = time.monotonic()
         assert run(document, url, "--timeout", "0.3") == 0
     assert time.monotonic() - started < 4
