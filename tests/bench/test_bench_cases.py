@@ -20,6 +20,7 @@ SMALL = {
     "linear_logprob": {"T": 16, "H": 32, "V": 301, "data": "peaked"},
     "linear_policy_loss": {"T": 32, "H": 32, "V": 301, "B": 8, "data": "peaked"},
     "policy_loss": {"T": 8192, "B": 2, "loss": "dapo"},
+    "moe_layer": {"T": 24, "H": 16, "I": 8, "E": 4, "top_k": 2, "routing": "zipf1"},
 }
 SMALL_CEILINGS = {
     "copy": {"bytes": 4096},
@@ -104,6 +105,12 @@ def work(op: str, case: str, **changes) -> tuple[int, int]:
 
 
 def test_useful_flops_by_hand():
+    expert_row = 16 * 8
+    assert work("moe_layer", "fwd")[0] == 6 * 24 * 2 * expert_row
+    assert work("moe_layer", "fwd_bwd")[0] == 18 * 24 * 2 * expert_row
+    weights, tokens = 3 * 4 * expert_row, 2 * 24 * 16
+    assert work("moe_layer", "fwd")[1] == 4 * (weights + tokens)
+    assert work("moe_layer", "fwd", T=1)[1] == 4 * (weights // 2 + 2 * 16)
     thv = 16 * 32 * 301
     assert work("linear_logprob", "fwd")[0] == 2 * thv
     assert work("linear_logprob", "fwd_bwd")[0] == 6 * thv
