@@ -14,7 +14,15 @@ ABOVE = {
     "bench": {"tests"},
 }
 # compositions of several ops
-COMPOSITIONS = {"attention", "hf", "linear_policy_loss", "moe", "scorer", "vocab_parallel"}
+COMPOSITIONS = {
+    "attention",
+    "hf",
+    "linear_policy_loss",
+    "moe",
+    "router_replay",
+    "scorer",
+    "vocab_parallel",
+}
 
 
 def imported(path: Path) -> set[str]:
