@@ -1,7 +1,9 @@
 """The memory agent's process: replies in every form, counts, scripted readers."""
 
 import asyncio
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -548,6 +550,23 @@ def test_documents_of_a_list_carry_their_tags():
     ask(reply, ["first text", "second text"])
     block = prompts.document_block((("", "first text", None), ("", "second text", None)))
     assert part(seen[0], "section") == block
+
+
+def test_the_page_about_the_agent():
+    """Its example runs, and it explains every event."""
+    page = (Path(__file__).parents[2] / "docs" / "agent.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "docs/agent.md", "exec"), {})
+    assert [event for event in EVENTS if f"`{event}`" not in page] == []
+
+
+def test_a_step_fits_the_context_that_the_config_names():
+    """Templates with the longest fields: the room for them is an upper bound at 4 characters."""
+    config = AgentConfig(chunk_tokens=100, memory_tokens=30, plan_tokens=20, thinking_tokens=7)
+    assert config.context_tokens(11) == 11 + 100 + 2 * (30 + 20) + 7 + 64 + 700
+    for order in ("paper", "chunk_first"):
+        asked = prompts.agent_again(prompts.agent_update("", "", "", "", order=order), "read")
+        assert len(asked[-1]["content"]) / 4 < 600
 
 
 def test_the_estimate_needs_no_tokenizer():
