@@ -243,7 +243,7 @@ def _write_model(
 
 
 def write_export(folder: Path, engine: Engine, tokenizer: Any) -> None:
-    """The model of a finished run, adapters merged in. A collective call."""
+    """The model of a finished run, adapters added to its weights. A collective call."""
     weights = engine.weights()
     if engine.rank == 0:
         partial = folder.with_name(f".{folder.name}.partial")

@@ -127,18 +127,19 @@ class AgentSettings(Settings):
 
 
 class VllmSettings(Settings):
-    """A vLLM server that answers token ids and takes new weights."""
+    """A vLLM server, started as ``qwenlong.rollout.vllm`` says."""
 
-    base_url: str = "http://127.0.0.1:8000"
-    model: str = "policy"
+    base_url: str  # such as http://127.0.0.1:8000
+    model: str = "policy"  # its name there
+    weights_folder: str  # that trainer and server both see; /dev/shm on one machine
     timeout_s: float = Field(3600.0, gt=0)  # without a byte from the server
-    options: dict[str, Any] = {}  # further arguments of `qwenlong.rollout.vllm`
+    max_concurrency: int = Field(256, ge=1)  # answers asked for at the same time, of a rank
 
 
 class RolloutSettings(Settings):
     """How answers are sampled. No top-p: the distribution that is trained is the one sampled."""
 
-    backend: str = "embedded"  # a name of `qwenlong.episodes.ROLLOUTS`
+    backend: str = "embedded"  # a name of `qwenlong.run_setup.ROLLOUTS`
     episodes: str = "full"  # a name of `qwenlong.episodes.EPISODES`
     temperature: float = Field(0.7, gt=0)
     max_new_tokens: int = Field(ge=1)  # of an answer

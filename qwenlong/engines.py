@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qlkernels import LinearPolicyLoss, TokenScores
-from qlkernels.prefix_group import PackedGroups
+from qlkernels.prefix_group import PackedGroups, pack_groups
 from qwenlong.config import LoraSettings, Recipe
 from qwenlong.errors import InputError
 from qwenlong.models import DTYPES, load_causal_lm, pick_device
@@ -118,7 +118,12 @@ class Engine:
 
     def rollout_model(self) -> nn.Module:
         """An unsharded transformers model with the current weights. A collective call."""
-        return self.policy.causal_lm
+        return self._for_rollouts(self.policy)
+
+    def _for_rollouts(self, policy: PackedPolicy) -> nn.Module:
+        """A server knows no adapters: it gets them merged into a copy."""
+        is_merged = self.recipe.model.lora is not None and self.recipe.rollout.backend == "vllm"
+        return merged_copy(policy.model) if is_merged else policy.causal_lm
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights that are trained, fp32 on the CPU, by the names of ``policy.model``; empty on
@@ -172,7 +177,7 @@ class FSDP2Engine(Engine):
         _need_processes("fsdp2")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.process_group = dist.group.WORLD
-        self._replica = copy.deepcopy(policy.causal_lm)
+        self._replica = copy.deepcopy(policy)
         self.policy = policy
         self.recipe = recipe
         self.device = next(policy.parameters()).device
@@ -186,6 +191,11 @@ class FSDP2Engine(Engine):
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(policy, mesh=mesh, mp_policy=precision)
         self._masters = self._working = [p for p in policy.parameters() if p.requires_grad]
+        self._trained = {
+            name.removeprefix("model.")
+            for name, p in policy.named_parameters(remove_duplicate=False)
+            if p.requires_grad
+        }
         self._optimizer = _adamw(self._masters, recipe)
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
@@ -200,11 +210,12 @@ class FSDP2Engine(Engine):
         return {name.removeprefix("model."): value for name, value in found.items()}
 
     def rollout_model(self) -> nn.Module:
-        self._replica.load_state_dict(self._full(on_cpu=False))
-        return self._replica
+        self._replica.model.load_state_dict(self._full(on_cpu=False), strict=False)
+        return self._for_rollouts(self._replica)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return self._full(on_cpu=True)
+        found = self._full(on_cpu=True)
+        return {name: value for name, value in found.items() if name in self._trained}
 
     def save_optimizer(self, folder: Path) -> None:
         from torch.distributed.checkpoint.state_dict import (
@@ -250,7 +261,7 @@ class DeepSpeedEngine(Engine):
         self.process_group = dist.group.WORLD
         self.recipe = recipe
         self.device = next(policy.parameters()).device
-        self._replica = copy.deepcopy(policy.causal_lm)
+        self._replica = copy.deepcopy(policy)
         self._stage = recipe.engine.zero_stage
         self._names = {
             id(p): name for name, p in policy.model.named_parameters() if p.requires_grad
@@ -305,8 +316,8 @@ class DeepSpeedEngine(Engine):
 
     def rollout_model(self) -> nn.Module:
         # tied weights have one name here and two in the replica
-        self._replica.load_state_dict(self._full(), strict=False)
-        return self._replica
+        self._replica.model.load_state_dict(self._full(), strict=False)
+        return self._for_rollouts(self._replica)
 
     def weights(self) -> dict[str, torch.Tensor]:
         found = self._full()
@@ -338,7 +349,8 @@ def build_policy(recipe: Recipe, folder: str | Path) -> PackedPolicy:
     """The fp32 model of ``folder`` with what the recipe asks for around it, in training mode.
 
     Raises:
-        InputError: no such model, or one whose logits are not those of its head.
+        InputError: no such model, one whose logits are not those of its head, or whose attention
+            is not plain.
     """
     settings = recipe.model
     device = pick_device(settings.device)
@@ -350,13 +362,24 @@ def build_policy(recipe: Recipe, folder: str | Path) -> PackedPolicy:
         # gradient_checkpointing_enable in older transformers; deprecated in 5.23
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return PackedPolicy(
+    policy = PackedPolicy(
         model,
         recipe.rollout.temperature,
         logit_scale=lm.logit_scale,
         softcap=lm.softcap,
         offload_activations=settings.offload_activations,
-    ).train()
+    )
+    try:  # an attention that groups cannot share a prompt in is known before the first step
+        with torch.no_grad():
+            policy(pack_groups([[0, 1]], [[[2], [3]]]).to(device))
+    except ValueError as error:
+        raise InputError(f"the model in {folder} cannot be trained: {error}.") from error
+    return policy.train()
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """The transformers model of a peft model, adapters added to its weights; a copy."""
+    return copy.deepcopy(model).merge_and_unload()
 
 
 def _with_lora(model: nn.Module, lora: LoraSettings) -> nn.Module:

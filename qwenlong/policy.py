@@ -10,6 +10,7 @@ a sample have one prompt, later ones mostly have their own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from qlkernels import LinearPolicyLoss, TokenScores, linear_logprob, linear_policy_loss
+from qlkernels.hf import packed_groups
 from qlkernels.prefix_group import PackedGroups, pack_groups
 from qwenlong.types import Trajectory
 
@@ -196,16 +198,10 @@ class PackedPolicy(nn.Module):
         )
 
     def _hidden_states(self, layout: PackedGroups) -> torch.Tensor:
-        """``[T, H]`` of the last layer; the model runs every answer with its prompt."""
-        base = self.causal_lm.base_model
-        parts: list[torch.Tensor] = []
-        for span in layout.spans():
-            prefix = layout.input_ids[span.start : span.answers_start]
-            parts.append(base.get_input_embeddings()(prefix) * 0)
-            start = span.answers_start
-            for length in span.answer_lengths:
-                ids = torch.cat([prefix, layout.input_ids[start : start + length]])
-                out = base(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-                parts.append(out[len(prefix) :])
-                start += length
-        return torch.cat(parts)
+        """``[T, H]`` of the last layer."""
+        offload = contextlib.nullcontext()
+        if self._offload and torch.is_grad_enabled():
+            offload = torch.autograd.graph.save_on_cpu(pin_memory=layout.device.type == "cuda")
+        with packed_groups(self.causal_lm, layout), offload:
+            out = self.causal_lm.base_model(input_ids=layout.input_ids[None], use_cache=False)
+        return out.last_hidden_state[0]

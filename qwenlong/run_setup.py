@@ -26,7 +26,7 @@ from qwenlong.engines import ENGINES, Engine, build_policy
 from qwenlong.episodes import EPISODES, Environment, seed_of
 from qwenlong.errors import InputError
 from qwenlong.llm import ChatClient, RetryPolicy
-from qwenlong.models import load_tokenizer
+from qwenlong.models import DTYPES, load_tokenizer
 from qwenlong.rewards import Judge, reward_names
 from qwenlong.rollout import EmbeddedRollouts, Rollouts
 from qwenlong.sampler import TaskBalancedSampler
@@ -49,7 +49,21 @@ def _embedded(recipe: Recipe, engine: Engine) -> Rollouts:
     return EmbeddedRollouts(engine.rollout_model())
 
 
-ROLLOUTS: dict[str, RolloutMaker] = {"embedded": _embedded}
+def _vllm(recipe: Recipe, engine: Engine) -> Rollouts:
+    from qwenlong.rollout.vllm import VllmRollouts
+
+    settings = recipe.rollout.vllm
+    return VllmRollouts(
+        settings.base_url,
+        model=settings.model,
+        weights_folder=settings.weights_folder,
+        weights_dtype=DTYPES[recipe.model.compute_dtype],
+        timeout_s=settings.timeout_s,
+        max_concurrency=settings.max_concurrency,
+    )
+
+
+ROLLOUTS: dict[str, RolloutMaker] = {"embedded": _embedded, "vllm": _vllm}
 
 
 def build_run(

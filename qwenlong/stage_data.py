@@ -42,6 +42,13 @@ def register_task(name: str) -> Callable[[TaskMaker], TaskMaker]:
     return register
 
 
+@register_task("needle")
+def _needle(count: int, seed: int, **options: Any) -> Iterable[Sample]:
+    from qwenlong.data.needle import needle_samples
+
+    return needle_samples(count, seed, **options)
+
+
 def load_plugins(plugins: Sequence[str]) -> None:
     """Import modules, or Python files by path, for what they register; each once."""
     for plugin in plugins:

@@ -88,7 +88,7 @@ class _Log:
         )
         if metrics.get("aepo/drops_negatives"):
             line += "  positives only"
-        self._console.print(line, highlight=False)
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._metrics.close()

@@ -29,13 +29,13 @@ def over(below: dict, above: dict) -> dict:
     return {**below, **joined}
 
 
-def tiny_recipe(model: Path, **changes: Any) -> Recipe:
+def tiny_recipe(folder: Path, /, **changes: Any) -> Recipe:
     """Four steps of 4 prompts and 4 answers on a random model."""
     raw = {
         "name": "tiny",
         "steps": 4,
         "plugins": [str(LETTERS)],
-        "model": {"path": str(model), "compute_dtype": "float32", "device": "cpu"},
+        "model": {"path": str(folder), "compute_dtype": "float32", "device": "cpu"},
         "data": {"tasks": [{"name": "letters", "count": 24}], "max_prompt_tokens": 400},
         "batch": {"prompts": 4, "group_size": 4, "micro_batch_tokens": 600},
         "rollout": {"max_new_tokens": 6, "temperature": 1.0, "saved_per_step": 2},
