@@ -141,6 +141,27 @@ void bwd_cuda(const ql::LogprobEntropyBackward& args, std::uintptr_t stream) {
   QL_CUDA_CHECK(ql::cuda::logprob_entropy_bwd(args, stream));
 }
 
+// False where these rows do not go through the ring; then nothing ran.
+bool grad_cuda(std::uintptr_t logits, int dtype, std::int64_t T, std::int64_t V, std::int64_t stride_t,
+               std::uintptr_t target, std::uintptr_t row_mask, std::uintptr_t temperatures, float temperature,
+               float softcap, float logit_scale, std::uintptr_t logprobs, std::uintptr_t entropy, std::uintptr_t lse,
+               std::uintptr_t g_logprobs, std::uintptr_t g_entropy, std::uintptr_t g_lse, std::uintptr_t dlogits,
+               std::int64_t dstride_t, std::uintptr_t stream) {
+  auto args = shared_args<ql::LogprobEntropyGrad>(logits, dtype, T, V, stride_t, target, row_mask, temperatures,
+                                                  temperature, softcap, logit_scale);
+  args.logprobs = pointer<float>(logprobs);
+  args.entropy = pointer<float>(entropy);
+  args.lse = pointer<float>(lse);
+  args.g_logprobs = pointer<const float>(g_logprobs);
+  args.g_entropy = pointer<const float>(g_entropy);
+  args.g_lse = pointer<const float>(g_lse);
+  args.dlogits = pointer<void>(dlogits);
+  args.dstride_t = dstride_t;
+  if (!ql::cuda::logprob_entropy_grad_fits(args)) return false;
+  QL_CUDA_CHECK(ql::cuda::logprob_entropy_grad(args, stream));
+  return true;
+}
+
 void route_fwd_cuda(const ql::MoeRouteForward& args, std::uintptr_t stream) {
   QL_CUDA_CHECK(ql::cuda::moe_route_fwd(args, stream));
 }
@@ -161,9 +182,10 @@ void index_cuda(const ql::ExpertIndex& args, std::uintptr_t stream) {
       py::arg("target_ptr"), py::arg("row_mask_ptr"), py::arg("temperature_ptr"), py::arg("temperature"),   \
       py::arg("softcap"), py::arg("logit_scale")
 #define QL_FORWARD_NAMES QL_SHARED_NAMES, py::arg("logprobs_ptr"), py::arg("entropy_ptr"), py::arg("lse_ptr")
-#define QL_BACKWARD_NAMES                                                                                   \
-  QL_SHARED_NAMES, py::arg("entropy_ptr"), py::arg("lse_ptr"), py::arg("g_logprobs_ptr"),                   \
-      py::arg("g_entropy_ptr"), py::arg("g_lse_ptr"), py::arg("dlogits_ptr"), py::arg("dstride_t")
+#define QL_GRADIENT_NAMES                                                                                   \
+  py::arg("g_logprobs_ptr"), py::arg("g_entropy_ptr"), py::arg("g_lse_ptr"), py::arg("dlogits_ptr"),        \
+      py::arg("dstride_t")
+#define QL_BACKWARD_NAMES QL_SHARED_NAMES, py::arg("entropy_ptr"), py::arg("lse_ptr"), QL_GRADIENT_NAMES
 
 #define QL_ROUTE_NAMES                                                                                      \
   py::arg("logits_ptr"), py::arg("dtype_code"), py::arg("T"), py::arg("E"), py::arg("stride_t"),            \
@@ -205,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("logprob_entropy_fwd_cuda", &forward<fwd_cuda, std::uintptr_t>, QL_FORWARD_NAMES, py::arg("stream"), NoGil());
   m.def("logprob_entropy_bwd_cuda", &backward<bwd_cuda, std::uintptr_t>, QL_BACKWARD_NAMES, py::arg("stream"),
         NoGil());
+  m.def("logprob_entropy_grad_cuda", &grad_cuda, QL_FORWARD_NAMES, QL_GRADIENT_NAMES, py::arg("stream"), NoGil());
   m.def("moe_route_fwd_cuda", &route_forward<route_fwd_cuda, std::uintptr_t>, QL_ROUTE_FORWARD_NAMES,
         py::arg("stream"), NoGil());
   m.def("moe_route_bwd_cuda", &route_backward<route_bwd_cuda, std::uintptr_t>, QL_ROUTE_BACKWARD_NAMES,

@@ -28,6 +28,14 @@ struct LogprobEntropyBackward : LogprobEntropy {
   std::int64_t dstride_t;
 };
 
+// Scores and gradient in one read, where the upstream gradient is known before the scores are.
+struct LogprobEntropyGrad : LogprobEntropy {
+  float *logprobs, *entropy, *lse;              // [T]
+  const float *g_logprobs, *g_entropy, *g_lse;  // [T]; null = 0
+  void* dlogits;                                // [T, V], dtype of logits; may be logits itself
+  std::int64_t dstride_t;
+};
+
 namespace cpu {
 void logprob_entropy_fwd(const LogprobEntropyForward& args, int num_threads);
 void logprob_entropy_bwd(const LogprobEntropyBackward& args, int num_threads);
@@ -38,6 +46,8 @@ bool set_isa(const char* name);  // false: unknown here
 namespace cuda {  // return the cudaError_t of the launch
 int logprob_entropy_fwd(const LogprobEntropyForward& args, std::uintptr_t stream);
 int logprob_entropy_bwd(const LogprobEntropyBackward& args, std::uintptr_t stream);
+bool logprob_entropy_grad_fits(const LogprobEntropyGrad& args);  // this device, these shapes and alignments
+int logprob_entropy_grad(const LogprobEntropyGrad& args, std::uintptr_t stream);
 const char* error_name(int error);
 const char* error_text(int error);
 }  // namespace cuda

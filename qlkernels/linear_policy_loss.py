@@ -585,8 +585,6 @@ def linear_policy_loss(
         "torch": None,
         "reference": None,
     }
-    if impl == "auto" and x.device.type == "cpu":
-        del blockers["triton"]  # on the CPU it would be the interpreter
     chosen = pick_impl(OP, impl, blockers)
     policy = dict(
         loss_type=loss_type, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,

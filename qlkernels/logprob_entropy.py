@@ -22,7 +22,7 @@ from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._online import fold_tile, scale_and_cap, shifted
 from qlkernels._scores import TokenScores
-from qlkernels._target import why_not_triton
+from qlkernels._target import compute_capability, why_not_triton
 from qlkernels._triton import tl, triton
 
 OP = "logprob_entropy"
@@ -468,6 +468,16 @@ def _refuse_double_backward(ctx, *_grads):
 
 _op_bwd.register_autograd(_refuse_double_backward)
 
+
+def blockers_of(logits: torch.Tensor) -> dict[str, str | None]:
+    """Why each implementation cannot run on ``logits``, or None; the fastest is first."""
+    cuda, triton_ = _ext.why_not_cuda(logits), why_not_triton(logits)
+    found = {"cuda": cuda, "triton": triton_}
+    if not (logits.is_cuda and compute_capability(logits.device.index or 0) == 90):
+        found = {"triton": triton_, "cuda": cuda}  # only sm_90 has the kernels that copy in bulk
+    return found | {"cpu": _ext.why_not_cpu(logits), "torch": None, "reference": None}
+
+
 # --- public ------------------------------------------------------------------
 
 
@@ -535,16 +545,7 @@ def logprob_entropy(
     if validate or logits.device.type == "cpu":
         _checks.check_targets(OP, target_ids, row_mask, logits.shape[1])
 
-    blockers = {
-        "triton": why_not_triton(logits),
-        "cuda": _ext.why_not_cuda(logits),
-        "cpu": _ext.why_not_cpu(logits),
-        "torch": None,
-        "reference": None,
-    }
-    if impl == "auto" and logits.device.type == "cpu":
-        del blockers["triton"]  # on the CPU it would be the interpreter
-    chosen = pick_impl(OP, impl, blockers)
+    chosen = pick_impl(OP, impl, blockers_of(logits))
     is_tensor = isinstance(temperature, torch.Tensor)
     if chosen == "reference":
         options = dict(temperature=temperature, row_mask=row_mask, softcap=softcap)

@@ -85,6 +85,45 @@ def _logprob_entropy(
 
 
 @register(
+    "logprob_entropy_with_grad",
+    impls=IMPLS,
+    cuda=_points("known", "bf16", (2048, V, "peaked"), (8192, V, "peaked"), (16_384, V, "peaked")),
+    cpu=_points("known", "fp32", (64, V, "peaked")),
+)
+def _logprob_entropy_with_grad(
+    device: str, case: str, dtype: torch.dtype, T: int, V: int, data: str
+) -> Problem:
+    """Peers compute the same by a forward and a backward."""
+    op = our_op("logprob_entropy_with_grad")
+    padded, target_ids = logits_and_targets(T, V, dtype, device, data)
+    logits = padded[:T]
+    dlogprobs = upstream(T, device, seed=1)
+    gradients = {"logprobs": dlogprobs, "entropy": 0.1 * upstream(T, device, seed=2)}
+    logits.requires_grad_()
+
+    def ours(impl: str) -> dict[str, torch.Tensor]:
+        scores, dlogits = op(logits, target_ids, *gradients.values(), impl=impl)
+        return scores._asdict() | {"dlogits": dlogits}
+
+    own = OPS["logprob_entropy_with_grad"].ours(device)
+    calls = {name: lambda impl=impl: ours(impl) for name, impl in own.items()}
+    found, scopes, absent = peers.find("logprob_entropy", device, backward=True)
+    calls |= timed(
+        {name: lambda peer=peer: peer(logits, target_ids, padded) for name, peer in found.items()},
+        {"logits": logits},
+        gradients,
+    )
+    return Problem(
+        calls,
+        LogitsTruth(logits, target_ids, ("logprobs", "entropy"), gradients).check,
+        bytes=2 * T * V * dtype.itemsize + T * (8 + 4 * 5),
+        useful_flops=0,
+        peer_scope=scopes,
+        absent=absent,
+    )
+
+
+@register(
     "token_entropy",
     impls=IMPLS,
     cuda=[

@@ -253,8 +253,6 @@ def linear_logprob(
         "torch": None,
         "reference": None,
     }
-    if impl == "auto" and x.device.type == "cpu":
-        del blockers["triton"]  # on the CPU it would be the interpreter
     chosen = pick_impl(OP, impl, blockers)
     if chosen == "reference":
         return linear_logprob_ref(

@@ -387,8 +387,6 @@ def policy_loss(
         "torch": None,
         "reference": None,
     }
-    if impl == "auto" and device.type == "cpu":
-        del blockers["triton"]  # on the CPU it would be the interpreter
     chosen = pick_impl(OP, impl, blockers)
     if weights is None and (chosen == "reference" or rule == "group-token-mean"):
         weights = aggregation_weights(
