@@ -40,6 +40,9 @@ SUBCOMMANDS = {
     "train": Subcommand(
         "qwenlong.train_command:train_command", "train", "Train a policy by a recipe, or a ladder."
     ),
+    "train-demo": Subcommand(
+        "qwenlong.train_demo:train_demo", "train-demo", "Train a small real model on real text."
+    ),
 }
 
 

@@ -1,0 +1,245 @@
+"""``qwenlong train-demo``: a small real model is trained, and asked about held-out documents.
+
+The recipe's task must be ``qwenlong.data.needle``'s. The questions of its other side, ``split``
+eval, are asked of the model before and after, at the temperature of the training; a document is one
+unit of the intervals, because its questions are not independent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+
+from qwenlong import prompts
+from qwenlong.config import Recipe, load_recipe
+from qwenlong.data.needle import needle_samples
+from qwenlong.episodes import prompt_ids
+from qwenlong.errors import InputError
+from qwenlong.evals.statistics import Estimate, difference, estimate
+from qwenlong.metrics import METRICS_FILE, read_metrics
+from qwenlong.models import DTYPES, load_causal_lm, load_tokenizer
+from qwenlong.rewards import score
+from qwenlong.rollout import EmbeddedRollouts
+from qwenlong.storage import atomic_write, read_jsonl, write_json, write_jsonl
+from qwenlong.tiny import model_folder
+from qwenlong.train_command import run_stage
+from qwenlong.types import Sample
+
+RECIPE = Path("recipes/train-demo.yaml")
+EVAL_SEED = 1_000_003  # of the facts that are planted for the test, and of its answers
+BOTH = ("before", "after")
+
+
+def train_demo(
+    recipe: Annotated[Path, typer.Option(help="Recipe with the task needle.")] = RECIPE,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("train-demo"),
+    seed: Annotated[int | None, typer.Option(help="In place of the recipe's seed.")] = None,
+    passages: Annotated[int, typer.Option(help="Held-out passages to ask about.")] = 20,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Ask for the most likely answers as well.")
+    ] = False,
+) -> None:
+    """Train SmolLM2-135M-Instruct to find facts in real text. The same command continues a run."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    loaded = load_recipe(recipe)
+    if not isinstance(loaded, Recipe):
+        raise InputError(f"{recipe} is a merge; give a recipe that trains.")
+    if seed is not None:
+        loaded = loaded.model_copy(update={"seed": seed})
+    result = run_demo(loaded, out, passages, greedy=greedy, console=Console(stderr=True))
+    print(describe(result))
+
+
+def run_demo(
+    recipe: Recipe, out: Path, passages: int, *, greedy: bool, console: Console
+) -> dict[str, Any]:
+    """Ask, train, ask again; writes ``result.json`` and ``train-demo.png`` into ``out``."""
+    started = time.monotonic()
+    base = model_folder(recipe.model.path)
+    samples = held_out(recipe, load_tokenizer(base), passages)
+    temperatures = (recipe.rollout.temperature, 0.0) if greedy else (recipe.rollout.temperature,)
+    rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for when in BOTH:
+        folder = base if when == "before" else run_stage(recipe, out, resume=True, console=console)
+        for temperature in temperatures:
+            path = out / "held-out" / f"{when}-t{temperature:g}.jsonl"
+            if not path.exists():
+                console.print(f"{len(samples)} held-out questions, {when} the training ...")
+                write_jsonl(path, ask(folder, samples, recipe, temperature))
+            rows[when, temperature] = list(read_jsonl(path))
+    result = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "prompts": len(samples),
+        "passages": passages,
+        "seconds": round(time.monotonic() - started, 1),  # of this process
+        "rewards": [
+            _compared(rows["before", t], rows["after", t], t, task)
+            for t in temperatures
+            for task in (None, *sorted({sample.task for sample in samples}))
+        ],
+    }
+    write_json(out / "result.json", result)
+    draw_demo(result, out / METRICS_FILE, out / "train-demo.png")
+    return result
+
+
+def held_out(recipe: Recipe, tokenizer: Any, passages: int) -> list[Sample]:
+    """The questions of ``passages`` held-out passages whose prompts fit the recipe's lengths.
+
+    Raises:
+        InputError: the recipe has no task ``needle``, or there are fewer such passages.
+    """
+    task = next((task for task in recipe.data.tasks if task.name == "needle"), None)
+    if task is None:
+        raise InputError("train-demo: the recipe must have the task needle under data.tasks.")
+    per_passage = task.options.get("questions", 10)
+    made = needle_samples(None, EVAL_SEED, **{**task.options, "split": "eval"})
+    kept: list[Sample] = []
+    for start in range(0, len(made), per_passage):
+        group = made[start : start + per_passage]
+        lengths = [len(prompt_ids(tokenizer, prompts.render(sample))) for sample in group]
+        if (
+            min(lengths) > recipe.data.above_tokens
+            and max(lengths) <= recipe.data.max_prompt_tokens
+        ):
+            kept += group
+    if len(kept) < passages * per_passage:
+        raise InputError(
+            f"train-demo: {len(kept) // per_passage} held-out passages fit the recipe's lengths, "
+            f"not {passages}; ask for fewer or raise eval_fraction."
+        )
+    return kept[: passages * per_passage]
+
+
+def ask(
+    folder: Path, samples: Sequence[Sample], recipe: Recipe, temperature: float
+) -> list[dict[str, Any]]:
+    """One answer to each question and its reward; prompts of a passage share its keys and values.
+
+    The model runs in the dtype in which the recipe trains it.
+    """
+    tokenizer = load_tokenizer(folder)
+    lm = load_causal_lm(folder, dtype="float32", device=recipe.model.device)
+    rollouts = EmbeddedRollouts(lm.model.to(DTYPES[recipe.model.compute_dtype]))
+    groups = rollouts.generate(
+        [prompt_ids(tokenizer, prompts.render(sample)) for sample in samples],
+        group_size=1,
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        temperature=temperature,
+        seed=EVAL_SEED,
+    )
+    rows = []
+    for sample, (turn,) in zip(samples, groups, strict=True):
+        response = tokenizer.decode(turn.response_ids, skip_special_tokens=True)
+        rows.append(
+            {
+                "sample_id": sample.id,
+                "passage": sample.documents[0].id,
+                "task": sample.task,
+                "reward": score(sample, response).value,
+                "prompt_tokens": len(turn.prompt_ids),
+                "response": response,
+                "answers": sample.answers,
+            }
+        )
+    return rows
+
+
+def _by_passage(rows: Sequence[dict[str, Any]], task: str | None) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if task is None or row["task"] == task:
+            found[row["passage"]].append(row["reward"])
+    return dict(found)
+
+
+def _compared(
+    before: Sequence[dict[str, Any]],
+    after: Sequence[dict[str, Any]],
+    temperature: float,
+    task: str | None,
+) -> dict[str, Any]:
+    """Means with 95 % intervals and their paired difference; ``task`` None is all of them."""
+    first, second = _by_passage(before, task), _by_passage(after, task)
+    gain = difference(second, first)
+    return {
+        "task": task or "all",
+        "temperature": temperature,
+        "prompts": sum(map(len, first.values())),
+        "before": _plain(estimate(list(first.values()))),
+        "after": _plain(estimate(list(second.values()))),
+        "gain": {"mean": gain.mean, "low": gain.low, "high": gain.high},
+    }
+
+
+def _plain(value: Estimate) -> dict[str, float]:
+    return {"mean": value.mean, "low": value.low, "high": value.high}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result as lines of text."""
+    lines = [
+        f"{result['prompts']} held-out prompts over {result['passages']} passages, 95 % intervals; "
+        f"{result['steps']} steps, seed {result['seed']}"
+    ]
+    for row in result["rewards"]:
+        first, last, gain = (
+            f"{row[key]['mean']:.3f} [{row[key]['low']:.3f}, {row[key]['high']:.3f}]"
+            for key in (*BOTH, "gain")
+        )
+        lines.append(
+            f"  {row['task']:<12} temperature {row['temperature']:g}: reward {first} before, "
+            f"{last} after, gain {gain}"
+        )
+    return "\n".join(lines)
+
+
+def draw_demo(result: dict[str, Any], metrics_path: Path, out_png: Path) -> None:
+    """Held-out reward before and after with its intervals, beside the reward while training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rows = result["rewards"]
+    for i, when in enumerate(BOTH):
+        values = [row[when] for row in rows]
+        left.bar(
+            [x + 0.38 * (i - 0.5) for x in range(len(rows))],
+            [v["mean"] for v in values],
+            width=0.36,
+            yerr=[
+                [v["mean"] - v["low"] for v in values],
+                [v["high"] - v["mean"] for v in values],
+            ],
+            capsize=3,
+            color=("#9fb8cc", "#1b6ca8")[i],
+            label=f"{when} the training",
+        )
+    names = [row["task"] + ("" if row["temperature"] else "\nmost likely answer") for row in rows]
+    left.set_xticks(range(len(rows)), names, fontsize=8)
+    left.set_ylim(0, 1.05)
+    left.set_title(f"{result['prompts']} held-out prompts, 95 %", loc="left", fontsize=9)
+    left.legend(fontsize=8, frameon=False)
+    metrics = read_metrics(metrics_path)
+    for i, task in enumerate(row["task"] for row in rows if row["task"] != "all"):
+        name = f"reward/{task}"
+        found = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+        right.plot(*zip(*found, strict=True), color=("#b8532a", "#4f8f46")[i % 2], label=task)
+    right.set_ylim(0, 1.05)
+    right.set_xlabel("step", fontsize=8)
+    right.set_title("reward while training", loc="left", fontsize=9)
+    right.legend(fontsize=8, frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(out_png, "wb") as file:
+        figure.savefig(file, format="png")

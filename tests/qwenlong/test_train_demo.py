@@ -1,0 +1,85 @@
+"""The demonstration of training, with a model of twenty thousand weights in place of SmolLM2."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from qwenlong import prompts
+from qwenlong.config import Recipe, load_recipe, recipe_from
+from qwenlong.episodes import prompt_ids
+from qwenlong.errors import InputError
+from qwenlong.models import load_tokenizer
+from qwenlong.tiny import model_folder
+from qwenlong.train_demo import RECIPE, describe, held_out, run_demo
+
+SMALL = {
+    "name": "small-demo",
+    "steps": 2,
+    "model": {"path": "builtin:tiny", "compute_dtype": "float32", "device": "cpu"},
+    "data": {
+        "tasks": [
+            {
+                "name": "needle",
+                "count": 24,
+                "options": {
+                    "forms": ["value", "sentence"],
+                    "questions": 4,
+                    "document_tokens": 60,
+                    "eval_fraction": 0.3,
+                },
+            }
+        ],
+        "max_prompt_tokens": 1500,
+    },
+    "batch": {"prompts": 2, "group_size": 4},
+    "rollout": {"max_new_tokens": 6, "temperature": 1.0},
+    "optimizer": {"learning_rate": 1e-2},
+}
+
+
+def small(**changes) -> Recipe:
+    return recipe_from(Recipe, {**SMALL, **changes})
+
+
+def test_ask_train_ask_again(tmp_path):
+    quiet = Console(quiet=True)
+    result = run_demo(small(), tmp_path, 3, greedy=True, console=quiet)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert (tmp_path / "train-demo.png").stat().st_size > 10_000
+    asked = [(row["task"], row["temperature"], row["prompts"]) for row in result["rewards"]]
+    tasks = [("all", 12), ("needle", 6), ("reading_qa", 6)]
+    assert asked == [(task, t, n) for t in (1.0, 0.0) for task, n in tasks]
+    for row in result["rewards"]:
+        for when in ("before", "after"):
+            assert row[when]["low"] <= row[when]["mean"] <= row[when]["high"]
+        gain = row["after"]["mean"] - row["before"]["mean"]
+        assert row["gain"]["mean"] == pytest.approx(gain)
+    assert "12 held-out prompts over 3 passages" in describe(result)
+
+    # What is there is not made again: a row that is changed stays.
+    path = tmp_path / "held-out" / "after-t1.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "reward": 1.0}) + "\n" for row in rows))
+    again = run_demo(small(), tmp_path, 3, greedy=False, console=quiet)
+    assert again["rewards"][0]["after"]["mean"] == 1.0
+
+
+def test_held_out_questions_fit_and_are_not_trained_on():
+    tokenizer = load_tokenizer(model_folder("builtin:tiny"))
+    samples = held_out(small(), tokenizer, 3)
+    assert len(samples) == 12 and {s.split for s in samples} == {"eval"}
+    lengths = [len(prompt_ids(tokenizer, prompts.render(s))) for s in samples]
+    assert max(lengths) <= 1500
+    narrow = small(data={**SMALL["data"], "max_prompt_tokens": min(lengths)})
+    with pytest.raises(InputError, match="held-out passages fit"):
+        held_out(narrow, tokenizer, 1_000)
+    with pytest.raises(InputError, match="must have the task needle"):
+        held_out(small(data={"folder": "x", "max_prompt_tokens": 9}), tokenizer, 3)
+
+
+def test_the_recipe_of_the_demo():
+    """At least 200 prompts of at least 1,024 tokens are held out, as the README says."""
+    recipe = load_recipe(RECIPE)
+    assert recipe.data.above_tokens == 1023
+    assert 20 * recipe.data.tasks[0].options["questions"] >= 200
