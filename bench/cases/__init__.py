@@ -7,5 +7,6 @@ from bench.cases import (
     linear_policy_loss,
     logprob_entropy,
     moe,
+    moe_routing,
     policy_loss,
 )

@@ -21,6 +21,7 @@ SMALL = {
     "linear_policy_loss": {"T": 32, "H": 32, "V": 301, "B": 8, "data": "peaked"},
     "policy_loss": {"T": 8192, "B": 2, "loss": "dapo"},
     "moe_layer": {"T": 24, "H": 16, "I": 8, "E": 4, "top_k": 2, "routing": "zipf1"},
+    "moe_routing": {"T": 24, "E": 12, "top_k": 3, "routing": "zipf1"},
 }
 SMALL_CEILINGS = {
     "copy": {"bytes": 4096},
@@ -129,6 +130,10 @@ def test_least_bytes_by_hand():
     assert work("logprob_entropy", "fwd")[1] == 9 * 301 * 4 + 9 * 8 + 9 * 12
     # read, read again, write the gradient
     assert work("logprob_entropy", "fwd_bwd")[1] == 3 * 9 * 301 * 4 + 9 * 20
+    # logits, ids and weights; ids twice, order and inverse, offsets
+    assert work("moe_routing", "router")[1] == 4 * 24 * 12 + 8 * 72 + 16 * 72 + 4 * 13
+    # read, read again, write the gradient; ids and weights written, ids and upstream read
+    assert work("moe_routing", "fwd_bwd")[1] == 3 * 4 * 24 * 12 + 16 * 72
     # seven values a token of 4 or 1 bytes: 4 fp32 and 2 masks; the gradient
     assert work("policy_loss", "fwd_bwd")[1] == 8192 * (4 * 4 + 2 + 4) + 16
 
