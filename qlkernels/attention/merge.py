@@ -15,7 +15,7 @@ from qlkernels._triton import tl, triton
 _BLOCK_N, _WARPS = 32, 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "n_blocks"])
 def _merge_kernel(
     out_ptr,
     part_ptr,

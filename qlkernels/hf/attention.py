@@ -256,7 +256,13 @@ def packed_groups(
     """
     found = _supported_model(model)
     if not isinstance(layout, PackedGroups):
-        raise TypeError(f"packed_groups: layout must come from pack_groups, got {type(layout)}")
+        raise TypeError(
+            f"packed_groups: layout must come from pack_groups, got {type(layout).__name__}"
+        )
+    if not len(layout.input_ids):
+        raise ValueError(
+            "packed_groups: the layout has no rows: prompts have one token and answers none"
+        )
     if _replaced(found) is None:
         _switch(found, _GROUPS, "auto")
     groups = _Groups(layout, backend, deterministic)

@@ -169,6 +169,31 @@ def test_outside_of_blocks_the_model_is_as_before(attn):
     disable(model)  # nothing to do
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_fsdp2(attn, tmp_path):
+    """Layers sharded over one process: hooks, a class put in front of the layer's, gathers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        model = tiny(attn=attn)
+        wanted = separately(model)
+        mask = torch.tensor([[0, 1, 1, 1]])
+        padded = model(input_ids=torch.arange(4)[None], attention_mask=mask).logits
+        mesh = init_device_mesh("cpu", (1,))
+        for module in (model.model.layers[0].self_attn, *model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+        layout = pack_groups(PROMPTS, ANSWERS)
+        logprobs, found = grouped(model, layout)
+        assert_same((logprobs, {n: g.full_tensor() for n, g in found.items()}), wanted, 1e-5)
+        again = model(input_ids=torch.arange(4)[None], attention_mask=mask).logits
+        torch.testing.assert_close(again, padded)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_an_error_inside_leaves_nothing_behind():
     model = tiny()
     layout = pack_groups(PROMPTS, ANSWERS)
@@ -328,6 +353,8 @@ def test_what_is_no_model():
         enable("qwen")
     with pytest.raises(TypeError, match="layout must come from pack_groups"):
         packed_groups(tiny(), layout.input_ids).__enter__()
+    with pytest.raises(ValueError, match="the layout has no rows"):
+        packed_groups(tiny(), pack_groups([[1]], [[[], []]])).__enter__()
 
 
 @pytest.mark.parametrize(
