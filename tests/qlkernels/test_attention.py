@@ -615,7 +615,9 @@ def test_gpu_packed(backend, lengths):
     cuda_or_skip(backend, torch.bfloat16, 128)
     inputs, upstream = make(sum(lengths), 8, 2, 128, torch.bfloat16, "cuda")
     check_packed(lengths, inputs, upstream, backend=backend)
-    check_packed(lengths, inputs, upstream, backend=backend, lengths=lengths)
+    check_packed(
+        lengths, inputs, upstream, backend=backend, lengths=lengths, deterministic=False
+    )  # fmt: skip
 
 
 @pytest.mark.gpu
