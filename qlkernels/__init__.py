@@ -9,6 +9,7 @@ from qlkernels.linear_logprob import linear_logprob
 from qlkernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from qlkernels.logprob_entropy import logprob_entropy, token_entropy
 from qlkernels.logprob_entropy_with_grad import logprob_entropy_with_grad
+from qlkernels.moe import moe_mlp
 from qlkernels.moe_routing import (
     ExpertIndex,
     Routing,
