@@ -1,37 +1,33 @@
 """Answers from a transformers model in this process: a shared prompt is read and kept once.
 
 Prompts are taken in sorted order, so that those with a common beginning are neighbours. Each run of
-neighbours is a batch: its common prefix goes through the model once, and the keys and values of
+neighbours is a family: its common prefix goes through the model once, and the keys and values of
 that prefix exist once, whatever the number of prompts and answers; every row attends to them and to
-its own tokens in one softmax. What the last batch has read stays, so that the next reads only what
-differs. Weights are the model's own, at every call.
+its own tokens in one softmax. What the last family has read stays, so that the next reads only what
+differs. Several families are written at the same time. Weights are the model's own, at every call.
 
-    keys and values: (longest prompt + rows * (own tokens of a prompt + max_new_tokens)) entries
+    keys and values: max(cache_tokens, longest prompt)
+                     + max_rows * (own tokens of a prompt + max_new_tokens)    entries at most
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, DynamicCache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import DynamicCache
 
 from qwenlong.errors import InputError
+from qwenlong.rollout.shared_prefix import ATTENTION, KeyValues, SharedPrefixes
 from qwenlong.types import Turn
 
-ATTENTION = "qwenlong_shared_prefix"
-# A prompt joins a batch while no prompt of it has more own tokens than this: they are copied for
+# A prompt joins a family while no prompt of it has more own tokens than this: they are copied for
 # every answer, where the prefix is not.
 MAX_OWN_TOKENS = 256
-# Elements of the largest block of attention scores, 256 MB in fp32; one query row may exceed it.
-SCORE_ELEMENTS = 1 << 26
-
-KeyValues = list[tuple[torch.Tensor, torch.Tensor]]  # a layer: [1 or rows, Hkv, tokens, D] each
 
 
 class EmbeddedRollouts:
@@ -47,6 +43,8 @@ class EmbeddedRollouts:
         eos_token_ids: tokens that end an answer; None takes them from the model's generation
             config.
         max_rows: answers that are written at the same time.
+        cache_tokens: prefix tokens whose keys and values are held at the same time; one prefix may
+            be longer.
         prefill_tokens: prompt tokens that go through the model at once.
         autocast_dtype: run the model under autocast to this dtype, as the trainer does.
     """
@@ -57,6 +55,7 @@ class EmbeddedRollouts:
         *,
         eos_token_ids: Sequence[int] | None = None,
         max_rows: int = 64,
+        cache_tokens: int = 131_072,
         prefill_tokens: int = 8192,
         autocast_dtype: torch.dtype | None = None,
     ):
@@ -68,6 +67,7 @@ class EmbeddedRollouts:
         self._model = model
         self._eos = _end_tokens(model, eos_token_ids)
         self._max_rows = max_rows
+        self._cache_tokens = cache_tokens
         self._prefill_tokens = prefill_tokens
         self._autocast_dtype = autocast_dtype
         self._known: tuple[list[int], KeyValues] = ([], [])  # tokens read, and what they left
@@ -85,19 +85,21 @@ class EmbeddedRollouts:
         prompts = [[int(token) for token in prompt] for prompt in prompts]
         self._check(prompts, group_size, max_new_tokens, temperature)
         turns: list[list[Turn | None]] = [[None] * group_size for _ in prompts]
+        families = _families(prompts, max(1, self._max_rows // group_size))
         with self._generating():
-            for shared, batch in _batches(prompts, max(1, self._max_rows // group_size)):
-                prefix = self._read_prefix(prompts[batch[0]][:shared])
+            for wave in _waves(families, self._max_rows // group_size, self._cache_tokens):
+                prefixes = [self._read_prefix(prompts[f.prompts[0]][: f.shared]) for f in wave]
                 # More answers than rows: the group is written in parts, over the same prefix.
                 for first in range(0, group_size, self._max_rows):
                     answers = range(first, min(first + self._max_rows, group_size))
                     rows = [
                         _Row(index, answer, _uniforms(seed, index, answer, max_new_tokens))
-                        for index in batch
+                        for family in wave
+                        for index in family.prompts
                         for answer in answers
                     ]
-                    own = [prompts[index][shared:] for index in batch]
-                    self._write(prefix, own, rows, len(answers), max_new_tokens, temperature)
+                    own = [[prompts[i][f.shared :] for i in f.prompts] for f in wave]
+                    self._write(prefixes, own, rows, len(answers), max_new_tokens, temperature)
                     for row in rows:
                         turns[row.prompt][row.answer] = row.turn(
                             prompts[row.prompt], temperature, self._eos
@@ -186,21 +188,22 @@ class EmbeddedRollouts:
 
     def _write(
         self,
-        prefix: KeyValues,
-        own: list[list[int]],
+        prefixes: list[KeyValues],
+        own: list[list[list[int]]],
         rows: list[_Row],
         group_size: int,
         max_new_tokens: int,
         temperature: float,
     ) -> None:
-        """Fill ``rows``: ``group_size`` of them for each prompt, whose own tokens are ``own``."""
+        """Fill ``rows``: ``group_size`` for each prompt of each family, with own tokens ``own``."""
         device = next(self._model.parameters()).device
-        shared = prefix[0][0].shape[2] if prefix else 0
-        width = max(map(len, own))
-        pads = torch.tensor([width - len(tokens) for tokens in own], device=device)
-        ids = torch.tensor([[tokens[0]] * (width - len(tokens)) + tokens for tokens in own])
-        state = _SharedPrefix(prefix, pads, width)
-        positions = (torch.arange(width, device=device) - pads[:, None]).clamp_min(0) + shared
+        prompts = [tokens for family in own for tokens in family]
+        width = max(map(len, prompts))
+        pads = torch.tensor([width - len(tokens) for tokens in prompts], device=device)
+        ids = torch.tensor([[tokens[0]] * (width - len(tokens)) + tokens for tokens in prompts])
+        state = SharedPrefixes(prefixes, [len(family) for family in own], pads, width)
+        slots = (torch.arange(width, device=device) - pads[:, None]).clamp_min(0)
+        positions = slots + state.shared()[:, None]
         logits = self._forward(ids.to(device), positions, state)  # [prompts, V]
 
         logits = logits.repeat_interleave(group_size, dim=0)
@@ -224,7 +227,7 @@ class EmbeddedRollouts:
                     break
                 alive, tokens = alive[kept], tokens[kept]
                 state.select(kept)
-            positions = (shared + width + step - state.pads)[:, None]
+            positions = (state.shared() + width + step - state.pads)[:, None]
             logits = self._forward(tokens[:, None], positions, state)
         all_tokens = torch.stack(chosen, dim=1).long().tolist()  # -1 after an answer's end
         all_scores = torch.stack(scores, dim=1).tolist()
@@ -233,7 +236,7 @@ class EmbeddedRollouts:
             row.logprobs = logprobs[: len(row.ids)]
 
     def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, state: _SharedPrefix
+        self, ids: torch.Tensor, positions: torch.Tensor, state: SharedPrefixes
     ) -> torch.Tensor:
         """fp32 logits ``[rows, V]`` of the last token of ``ids [rows, S]``."""
         before = self._model.config._attn_implementation
@@ -244,7 +247,7 @@ class EmbeddedRollouts:
                 position_ids=positions,
                 use_cache=False,
                 logits_to_keep=1,
-                shared_prefix=state,
+                shared_prefixes=state,
             )
         finally:
             self._model.set_attn_implementation(before)
@@ -261,25 +264,46 @@ def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return int(different[0]) if len(different) else length
 
 
-def _batches(prompts: list[list[int]], max_prompts: int) -> Iterator[tuple[int, list[int]]]:
-    """``(shared, indices)``: prompts with a common prefix of ``shared`` tokens, in sorted order.
+class _Family(NamedTuple):
+    shared: int  # tokens that all prompts begin with
+    prompts: list[int]  # indices, in sorted order of the prompts
+
+
+def _families(prompts: list[list[int]], max_prompts: int) -> Iterator[_Family]:
+    """Runs of prompts, in sorted order, with a common prefix that is nearly all of each.
 
     The last token of a prompt is always its own: its logits begin the answer.
     """
-    batch: list[int] = []
+    family: list[int] = []
     shared = longest = 0
     for index in sorted(range(len(prompts)), key=lambda i: (prompts[i], i)):
         prompt = prompts[index]
-        if batch:
-            common = min(shared, _common_length(prompts[batch[0]], prompt), len(prompt) - 1)
-            if len(batch) < max_prompts and max(longest, len(prompt)) - common <= MAX_OWN_TOKENS:
-                batch.append(index)
+        if family:
+            common = min(shared, _common_length(prompts[family[0]], prompt), len(prompt) - 1)
+            if len(family) < max_prompts and max(longest, len(prompt)) - common <= MAX_OWN_TOKENS:
+                family.append(index)
                 shared, longest = common, max(longest, len(prompt))
                 continue
-            yield shared, batch
-        batch, shared, longest = [index], len(prompt) - 1, len(prompt)
-    if batch:
-        yield shared, batch
+            yield _Family(shared, family)
+        family, shared, longest = [index], len(prompt) - 1, len(prompt)
+    if family:
+        yield _Family(shared, family)
+
+
+def _waves(
+    families: Iterable[_Family], max_prompts: int, cache_tokens: int
+) -> Iterator[list[_Family]]:
+    """Families that are written together: within both limits, or one alone."""
+    wave: list[_Family] = []
+    for family in families:
+        together = [*wave, family]
+        fits = sum(len(f.prompts) for f in together) <= max_prompts
+        if wave and not (fits and sum(f.shared for f in together) <= cache_tokens):
+            yield wave
+            together = [family]
+        wave = together
+    if wave:
+        yield wave
 
 
 def _uniforms(seed: int, prompt: int, answer: int, count: int) -> np.ndarray:
@@ -342,9 +366,6 @@ def _end_tokens(model: torch.nn.Module, given: Sequence[int] | None) -> frozense
     return frozenset(int(token) for token in given)
 
 
-# --- attention ---------------------------------------------------------------
-
-
 def _plain_layer(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if getattr(layer, "is_sliding", False) or not hasattr(layer, "keys"):
         raise InputError(
@@ -352,113 +373,3 @@ def _plain_layer(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
             "with a vLLM server."
         )
     return layer.keys, layer.values
-
-
-class _SharedPrefix:
-    """Keys and values of the rows of a batch: a prefix that is theirs in common, and their own.
-
-    Own tokens are left-padded to one width: ``pads[r]`` first slots of row r are empty.
-    """
-
-    def __init__(self, prefix: KeyValues, pads: torch.Tensor, room: int):
-        self.prefix = prefix
-        self.pads = pads  # [rows]
-        self.room = room  # own tokens that fit
-        self.tokens = 0  # own tokens written, by every layer
-        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in ``[rows, Hkv, S, D]`` of the newest tokens; return all own ones."""
-        if layer not in self._own:
-            shape = (*keys.shape[:2], self.room, keys.shape[3])
-            self._own[layer] = (keys.new_empty(shape), values.new_empty(shape))
-        end = self.tokens + keys.shape[2]
-        own = self._own[layer]
-        own[0][:, :, self.tokens : end] = keys
-        own[1][:, :, self.tokens : end] = values
-        return own[0][:, :, :end], own[1][:, :, :end]
-
-    def repeat(self, times: int, more_room: int) -> None:
-        """Every row ``times`` times, neighbours of each other, with room for more tokens."""
-        self.room += more_room
-        self.pads = self.pads.repeat_interleave(times)
-        for layer, own in self._own.items():
-            wider = []
-            for old in own:
-                rows, heads, _, width = old.shape
-                new = old.new_empty(rows * times, heads, self.room, width)
-                new[:, :, : self.tokens] = old.repeat_interleave(times, dim=0)
-                wider.append(new)
-            self._own[layer] = tuple(wider)
-
-    def select(self, rows: torch.Tensor) -> None:
-        self.pads = self.pads[rows]
-        self._own = {layer: tuple(part[rows] for part in own) for layer, own in self._own.items()}
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    shared_prefix: _SharedPrefix | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """``[rows, S, Hq, D]`` from ``query [rows, Hq, S, D]`` over the prefix and the own tokens."""
-    if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux")):
-        raise InputError(
-            "rollouts: this model's attention has a window, a cap or sinks, which the embedded "
-            "rollouts do not compute; generate with a vLLM server."
-        )
-    own_keys, own_values = shared_prefix.append(module.layer_idx, key, value)
-    rows, heads, length, width = query.shape
-    kv_heads, own = own_keys.shape[1], own_keys.shape[2]
-    repeats = heads // kv_heads
-    prefix = shared_prefix.prefix[module.layer_idx] if shared_prefix.prefix else None
-    shared = prefix[0].shape[2] if prefix else 0
-    out = query.new_empty(rows, length, heads, own_values.shape[3])
-    step = max(1, SCORE_ELEMENTS // (rows * heads * (shared + own)))
-    for start in range(0, length, step):
-        stop = min(start + step, length)
-        part = query[:, :, start:stop].reshape(rows, kv_heads, repeats * (stop - start), width)
-        scores = [part @ own_keys.transpose(2, 3)]  # [rows, Hkv, repeats * part, own]
-        if shared:
-            by_head = part.transpose(0, 1).reshape(kv_heads, -1, width)
-            found = by_head @ prefix[0][0].transpose(1, 2)  # [Hkv, rows * repeats * part, shared]
-            scores.append(found.view(kv_heads, rows, -1, shared).transpose(0, 1))
-        first = own - length + start  # the slot of query `start`
-        allowed = _own_mask(shared_prefix.pads, first, stop - start, own)
-        own_scores = (scores[0].float() * scaling).view(rows, kv_heads, repeats, -1, own)
-        own_scores = own_scores.masked_fill(~allowed[:, None, None], float("-inf"))
-        joined = torch.cat(
-            [own_scores.flatten(2, 3), *(other.float() * scaling for other in scores[1:])], dim=-1
-        )
-        weights = joined.softmax(dim=-1).to(own_values.dtype)
-        mixed = weights[..., :own] @ own_values
-        if shared:
-            by_head = weights[..., own:].transpose(0, 1).reshape(kv_heads, -1, shared)
-            found = by_head @ prefix[1][0]  # [Hkv, rows * repeats * part, D]
-            mixed = mixed + found.view(kv_heads, rows, -1, found.shape[-1]).transpose(0, 1)
-        mixed = mixed.view(rows, kv_heads, repeats, stop - start, -1)
-        out[:, start:stop] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return out, None
-
-
-def _own_mask(pads: torch.Tensor, first: int, count: int, own: int) -> torch.Tensor:
-    """``[rows, count, own]``: what query slot ``first + i`` sees of the own slots.
-
-    A padded slot sees itself, so that its softmax is over something; nobody else sees it.
-    """
-    slots = torch.arange(own, device=pads.device)
-    queries = slots[first : first + count, None]  # [count, 1]
-    causal = (slots <= queries) & (slots >= pads[:, None, None])
-    return causal | (slots == queries)
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from qwenlong.errors import InputError
-from qwenlong.rollout import EmbeddedRollouts, embedded
+from qwenlong.rollout import EmbeddedRollouts, embedded, shared_prefix
 from tests.qwenlong.tiny_models import KINDS, SIZES
 
 V, END = 61, 7
@@ -84,7 +84,13 @@ def test_logprobs_are_those_of_the_whole_sequence(kind):
 def test_an_answer_does_not_depend_on_its_neighbours(model):
     prompts = some_prompts()
     together = generate(model, prompts)
-    for settings in ({"max_rows": 1}, {"max_rows": 2}, {"prefill_tokens": 7}):
+    for settings in (
+        {"max_rows": 1},
+        {"max_rows": 2},
+        {"max_rows": 6, "cache_tokens": 50},
+        {"cache_tokens": 1},
+        {"prefill_tokens": 7},
+    ):
         apart = generate(model, prompts, settings=settings)
         for one, other in zip(sum(together, []), sum(apart, []), strict=True):
             assert one.response_ids == other.response_ids
@@ -163,12 +169,39 @@ def test_a_shared_prefix_is_read_once(model):
     assert sum(read) <= 50 + 5 * (4 + 11 * 8)
 
 
+def test_families_are_written_together(model, monkeypatch):
+    """Two documents with two questions each are two families, and their answers take one forward
+    pass a token together; limits part them."""
+    draw = np.random.default_rng(2)
+    documents = [draw.integers(8, V, 300).tolist() for _ in range(2)]
+    model = make_model(max_position_embeddings=1024)
+    prompts = [document + [9, i] for i in (10, 11) for document in documents]
+    families = list(embedded._families(prompts, 8))
+    assert sorted(family.shared for family in families) == [301, 301]
+    assert sorted(sum((family.prompts for family in families), [])) == [0, 1, 2, 3]
+
+    def passes(**settings):
+        calls = []
+        hook = model.lm_head.register_forward_hook(lambda *args: calls.append(1))
+        try:
+            groups = generate(model, prompts, group_size=2, max_new_tokens=5, settings=settings)
+        finally:
+            hook.remove()
+        return len(calls), [turn.response_ids for turn in sum(groups, [])]
+
+    together, answers = passes()
+    assert together <= 2 + 5
+    for settings in ({"max_rows": 4}, {"cache_tokens": 400}):
+        apart, same = passes(**settings)
+        assert same == answers and apart > together
+
+
 def test_own_tokens_are_bounded(model, monkeypatch):
     """Prompts with long ends of their own go apart; the answers stay."""
     prompts = some_prompts()
     together = generate(model, prompts)
     monkeypatch.setattr(embedded, "MAX_OWN_TOKENS", 3)
-    assert len(list(embedded._batches(prompts, 100))) > 3
+    assert len(list(embedded._families(prompts, 100))) > 3
     apart = generate(model, prompts)
     assert [t.response_ids for t in sum(apart, [])] == [t.response_ids for t in sum(together, [])]
 
@@ -176,7 +209,7 @@ def test_own_tokens_are_bounded(model, monkeypatch):
 def test_blocks_of_scores_do_not_matter(model, monkeypatch):
     prompts = some_prompts()
     whole = generate(model, prompts)
-    monkeypatch.setattr(embedded, "SCORE_ELEMENTS", 1)
+    monkeypatch.setattr(shared_prefix, "SCORE_ELEMENTS", 1)
     for one, other in zip(sum(whole, []), sum(generate(model, prompts), []), strict=True):
         assert one.response_ids == other.response_ids
         assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
