@@ -9,7 +9,8 @@ import qlkernels
 OPS = [
     "attention", "build_expert_index", "linear_logprob", "linear_policy_loss",
     "load_balancing_loss", "logprob_entropy", "logprob_entropy_with_grad", "moe_mlp",
-    "moe_route", "pack_groups", "policy_loss", "prefix_attention", "targets_from_labels", "token_entropy",
+    "moe_route", "pack_groups", "policy_loss", "prefix_attention", "targets_from_labels",
+    "token_entropy",
 ]  # fmt: skip
 RESULTS = ["ExpertIndex", "LinearPolicyLoss", "PolicyLoss", "Routing", "TokenScores"]
 LAYOUTS = ["PackedGroups"]

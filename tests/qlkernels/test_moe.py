@@ -355,3 +355,151 @@ def test_errors_say_what_is_wrong(message):
     with pytest.raises((ValueError, TypeError)) as caught:
         moe_mlp(**right | WRONG[message])
     assert message in str(caught.value) and str(caught.value).startswith("moe_mlp: ")
+
+
+# --- on a card -----------------------------------------------------------------------
+
+QWEN3 = (2048, 768, 128, 8)  # H, I, E, top_k of Qwen3-30B-A3B
+
+
+def rows_of(inputs, rows):
+    """The arguments without all tokens but some."""
+    return {k: x.detach() if k.startswith("w_") else x.detach()[rows] for k, x in inputs.items()}
+
+
+def some_rows(T, device="cuda"):
+    """Both ends, and whatever lies either side of 2**31 values of the routed rows."""
+    edge = 2**31 // (8 * 2048)
+    at = [0, 1, T // 3, edge - 1, edge, edge + 1, T - 2, T - 1]
+    return torch.tensor(sorted({t for t in at if 0 <= t < T}), device=device)
+
+
+GPU_CASES = {  # T, H, I, E, top_k
+    "whole tiles": ((300, 256, 128, 8, 2), torch.bfloat16, ["random", "one", "zipf", "outside"]),
+    "ragged tiles": ((70, 200, 104, 5, 3), torch.bfloat16, ["outside"]),
+    "rows that start anywhere": ((33, 100, 36, 3, 2), torch.bfloat16, ["random"]),
+    "one token": ((1, 64, 64, 4, 2), torch.bfloat16, ["random"]),
+    "fp16": ((300, 256, 128, 8, 2), torch.float16, ["random"]),
+    "fp32": ((70, 200, 104, 5, 3), torch.float32, ["zipf"]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case, ids", [(name, ids) for name, (*_, kinds) in GPU_CASES.items() for ids in kinds]
+)
+def test_gpu_matches_the_reference(case, ids):
+    shape, dtype, _ = GPU_CASES[case]
+    inputs, upstream = make(*shape, dtype, ids=ids, device="cuda")
+    for options in (dict(impl="triton"), dict(impl="torch"), dict(impl="triton", recompute=True)):
+        check(inputs, upstream, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ids", ["random", "one", "zipf"])
+@pytest.mark.parametrize("T", [1, 255, 4096])
+def test_gpu_qwen3_layer(T, ids):
+    """Against the torch implementation, which the test above compares with fp64."""
+    inputs, upstream = make(T, *QWEN3, torch.bfloat16, ids=ids, device="cuda")
+    found, want = (run(inputs, upstream, impl=impl) for impl in ("triton", "torch"))
+    for name in want:
+        scale = want[name].float().abs().max()
+        torch.testing.assert_close(
+            found[name].float(), want[name].float(), rtol=0, atol=0.02 * float(scale), msg=name
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ids", ["random", "zipf", "outside"])
+def test_gpu_bits(ids, monkeypatch):
+    """Two runs, recomputing, any chunk, the tiles of few rows, other tokens."""
+    inputs, upstream = make(3000, *QWEN3, torch.bfloat16, ids=ids, device="cuda")
+    want = run(inputs, upstream, impl="triton")
+    same_bits(run(inputs, upstream, impl="triton"), want)
+    same_bits(run(inputs, upstream, impl="triton", recompute=True), want)
+    for chunk_tokens in (100, 1111):
+        same_bits(run(inputs, upstream, impl="triton", chunk_tokens=chunk_tokens), want)
+    some = moe_mlp(**rows_of(inputs, slice(700, 733)), impl="triton")
+    assert torch.equal(some, want["out0"][700:733])
+    for few_rows in (0, 10**6):
+        monkeypatch.setattr(configs, "FEW_ROWS", few_rows)
+        same_bits(run(inputs, upstream, impl="triton"), want)
+    monkeypatch.setitem(configs.GATHER_BY_COPY, "tma-sm90", True)
+    same_bits(run(inputs, upstream, impl="triton"), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [131_072, 270_000])
+def test_gpu_offsets_past_two_to_the_31(T):
+    """Routed rows times H pass 2**31 at T = 131,072; some tokens must equal the same tokens alone.
+
+    Their dx too: it does not depend on the others, and the gradients of the weights are those of
+    the same rows by the torch implementation where everything else has no upstream.
+    """
+    inputs, _ = make(T, *QWEN3, torch.bfloat16, device="cuda")
+    rows = some_rows(T)
+    upstream = torch.zeros(T, 2048, device="cuda")
+    upstream[rows] = torch.randn(len(rows), 2048, device="cuda")
+    found = run(inputs, upstream.bfloat16(), impl="triton", recompute=T > 200_000)
+    small = rows_of(inputs, rows)
+    for name in NAMES:
+        small[name].requires_grad_()
+    want = run(small, upstream[rows], impl="triton")
+    for name in ("out0", "dhidden_states", "dtopk_weights"):
+        assert torch.equal(found[name][rows], want[name]), name
+    for name in ("dw_gate_up", "dw_down"):
+        scale = float(want[name].float().abs().max())
+        torch.testing.assert_close(found[name], want[name], rtol=0, atol=1e-2 * scale, msg=name)
+    untouched = torch.ones(T, dtype=torch.bool, device="cuda").index_fill_(0, rows, False)
+    assert not found["dhidden_states"][untouched].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 256, 3000])
+def test_gpu_graph_replay(T):
+    inputs, upstream = make(T, *QWEN3, torch.bfloat16, device="cuda")
+    leaves = {k: x.detach().requires_grad_(k in NAMES[:4]) for k, x in inputs.items()}
+    upstream = upstream.bfloat16()
+
+    def step():
+        out = moe_mlp(**leaves, impl="triton")
+        return out, *torch.autograd.grad(out, [leaves[n] for n in NAMES[:4]], upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    other, _ = make(T, *QWEN3, torch.bfloat16, seed=5, ids="zipf", device="cuda")
+    with torch.no_grad():  # new tokens and another routing into the same memory
+        for name in ("hidden_states", "topk_ids", "topk_weights"):
+            leaves[name].copy_(other[name])
+    graph.replay()
+    for found, want in zip(captured, step(), strict=True):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.gpu
+def test_gpu_memory():
+    """At T = 32,768: 3.0 GB beside inputs, weights, out and dx; the weights' gradients count."""
+    inputs, upstream = make(32_768, *QWEN3, torch.bfloat16, device="cuda")
+    leaves = [inputs[n] for n in NAMES[:4]]
+    del inputs["residual"]
+    upstream = upstream.bfloat16()
+
+    def step():
+        out = moe_mlp(**inputs, impl="triton")
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = step()
+    extra = torch.cuda.max_memory_allocated() - before
+    extra -= sum(x.nbytes for x in kept[:2])
+    assert extra <= 3.0e9, f"{extra / 1e9:.2f} GB"
