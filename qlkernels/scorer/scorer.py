@@ -189,9 +189,8 @@ class Scorer:
         _check_dtype(self._weights.dtype)
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"Scorer: chunk_tokens must be at least 1, got {chunk_tokens}")
-        self.attention = _choose_attention(
-            attention, self.device, self._weights.dtype, self.decoder.head_dim
-        )
+        self.attention = ""
+        self.use_attention(attention)
         self._rotary, self._impl = rotary, impl
         nothing = torch.empty(0, self.decoder.H, dtype=self.dtype, device=self.device)
         targets = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -201,6 +200,16 @@ class Scorer:
         self.memory_bytes = memory_bytes
         # called with the name of each part of a pass as it begins, for measurements
         self.on_part: Callable[[str], None] = lambda _part: None
+
+    def use_attention(self, order: str | Sequence[str]) -> str:
+        """Choose the backend of the next passes, as ``attention`` of the constructor; its name."""
+        device, dtype, D = self.device, self.dtype, self.decoder.head_dim
+        if isinstance(order, str):
+            self.attention = choose_backend(device, dtype, D, backend=order)
+        else:
+            blockers = {name: why_not(name, device, dtype, D) for name in order}
+            self.attention = pick_impl("Scorer attention", "auto", blockers)
+        return self.attention
 
     @property
     def dtype(self) -> torch.dtype:
@@ -382,14 +391,6 @@ def _attention(rows: Rows, backend: str) -> Attend:
         lengths=rows.seqlens,
         backend=backend,
     )
-
-
-def _choose_attention(order: str | Sequence[str], device: torch.device, dtype: torch.dtype, D: int):
-    """The first backend of ``order`` that can run."""
-    if isinstance(order, str):
-        return choose_backend(device, dtype, D, backend=order)
-    blockers = {name: why_not(name, device, dtype, D) for name in order}
-    return pick_impl("Scorer attention", "auto", blockers)
 
 
 def _gb(size: int) -> str:
