@@ -300,7 +300,6 @@ class Session:
             self.console,
             f"{row.case:9} {row.impl:24} T={tokens:,}: {seconds:.4g} s, {tokens / seconds:,.0f} "
             f"tokens/s, {row.useful_flops / row.ms_p50 * 1e-9:.4g} TFLOP/s{memory}",
-            highlight=False,
         )
         for part in sorted(parts, key=lambda r: -r.ms_p50):
             rate = f", {part.useful_flops / part.ms_p50 * 1e-9:.4g} TFLOP/s"
@@ -418,7 +417,6 @@ def streamed(session: Session, model: torch.nn.Module, T: int, attention: Sequen
     _say(
         session.console,
         f"moved to host memory in {seconds:.1f} s; {rate:.1f} GB/s to the card",
-        highlight=False,
     )
     ids = random_ids(T, scorer.decoder.V, session.device)
     flops, moved = scorer.decoder.flops([T], T - 1), weight_bytes(scorer.decoder, model.dtype)
