@@ -134,6 +134,9 @@ def run(
     chunk_tokens: Annotated[str, typer.Option(help="Agent: of a chunk.")] = "32K",
     memory_tokens: Annotated[str, typer.Option(help="Agent: most of a memory.")] = "15K",
     plan_tokens: Annotated[str, typer.Option(help="Agent: most of a plan.")] = "1K",
+    thinking_tokens: Annotated[str, typer.Option(help="Agent: room for thinking.")] = "0",
+    repairs: Annotated[int, typer.Option(help="Agent: times to ask again.")] = 1,
+    fallback: Annotated[str, typer.Option(help="Agent: keep, or take a reply as it is.")] = "keep",
     concurrency: Annotated[int, typer.Option(help="Calls at the same time.")] = 16,
     device: Annotated[str, typer.Option(help="Without a server: auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Without a server: auto, bfloat16, ...")] = "auto",
@@ -148,7 +151,7 @@ def run(
     if concurrency < 1:
         raise InputError(f"--concurrency is {concurrency}; it must be at least 1")
     settings = RunSettings(
-        mode=mode,  # type: ignore[arg-type]  (checked there)
+        mode=mode,  # type: ignore[arg-type]  (checked there, as the others are)
         samples=samples,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -160,6 +163,9 @@ def run(
         chunk_tokens=parse_length(chunk_tokens),
         memory_tokens=parse_length(memory_tokens),
         plan_tokens=parse_length(plan_tokens),
+        thinking_tokens=0 if thinking_tokens == "0" else parse_length(thinking_tokens),
+        repairs=repairs,
+        fallback=fallback,  # type: ignore[arg-type]
     )
     console = Console(stderr=True)
     total = sum(1 for _ in load_samples(data, with_text=False)) * samples

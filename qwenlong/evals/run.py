@@ -55,7 +55,8 @@ class RunSettings:
         window: tokens that prompt and answer may take together; None never truncates.
         keep: of a context beyond the window, see ``reading.fit``.
         tokenizer: of ``count_tokens``; with a window it must be the model's for the limit to hold.
-        chunk_tokens, memory_tokens, plan_tokens: of the agent.
+        chunk_tokens, memory_tokens, plan_tokens, thinking_tokens, repairs, fallback: of the agent,
+            see ``AgentConfig``.
     """
 
     mode: Mode = "full"
@@ -70,6 +71,9 @@ class RunSettings:
     chunk_tokens: int = 32_768
     memory_tokens: int = 15_360
     plan_tokens: int = 1_024
+    thinking_tokens: int = 0
+    repairs: int = 1
+    fallback: Literal["keep", "take"] = "keep"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -80,6 +84,12 @@ class RunSettings:
             raise InputError(
                 f"window is {self.window}; it must hold the answer ({self.max_tokens}) and more"
             )
+        if self.keep not in ("ends", "last"):
+            raise InputError(f"keep is {self.keep!r}; choose ends or last")
+        try:
+            self.agent_config()
+        except ValueError as error:
+            raise InputError(f"{error}") from None
 
     def agent_config(self) -> AgentConfig:
         return AgentConfig(
@@ -87,6 +97,9 @@ class RunSettings:
             memory_tokens=self.memory_tokens,
             plan_tokens=self.plan_tokens,
             answer_tokens=self.max_tokens,
+            thinking_tokens=self.thinking_tokens,
+            repairs=self.repairs,
+            fallback=self.fallback,
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed,

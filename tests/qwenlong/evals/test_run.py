@@ -267,6 +267,9 @@ def test_a_window_cuts_and_says_so(data, tmp_path, samples):
         ({"mode": "half"}, "mode is 'half'"),
         ({"samples": 0}, "at least 1"),
         ({"window": 2_000, "max_tokens": 2_000}, "must hold the answer"),
+        ({"keep": "first"}, "keep is 'first'"),
+        ({"chunk_tokens": 3}, "chunk_tokens is 3; it must be at least 16"),
+        ({"fallback": "x"}, "fallback is 'x'"),
     ],
 )
 def test_wrong_settings_are_one_sentence(fields, match):
