@@ -6,8 +6,8 @@ that prefix exist once, whatever the number of prompts and answers; every row at
 its own tokens in one softmax. What the last family has read stays, so that the next reads only what
 differs. Several families are written at the same time. Weights are the model's own, at every call.
 
-    keys and values: max(cache_tokens, longest prompt)
-                     + max_rows * (own tokens of a prompt + max_new_tokens)    entries at most
+    keys and values, at most:  max(cache_tokens, longest prompt)          of prefixes
+                               max(cache_tokens, max_new_tokens) + rows * MAX_OWN_TOKENS
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class EmbeddedRollouts:
             be the model that is trained. Evaluation mode holds while it generates.
         eos_token_ids: tokens that end an answer; None takes them from the model's generation
             config.
-        max_rows: answers that are written at the same time.
-        cache_tokens: prefix tokens whose keys and values are held at the same time; one prefix may
-            be longer.
+        max_rows: answers that are written at the same time; fewer where ``max_rows *
+            max_new_tokens`` exceeds ``cache_tokens``.
+        cache_tokens: prefix tokens, and answer tokens, whose keys and values are held at the same
+            time; one prefix and one answer may be longer.
         prefill_tokens: prompt tokens that go through the model at once.
         autocast_dtype: run the model under autocast to this dtype, as the trainer does.
     """
@@ -85,21 +86,23 @@ class EmbeddedRollouts:
         prompts = [[int(token) for token in prompt] for prompt in prompts]
         self._check(prompts, group_size, max_new_tokens, temperature)
         turns: list[list[Turn | None]] = [[None] * group_size for _ in prompts]
-        families = _families(prompts, max(1, self._max_rows // group_size))
+        max_rows = max(1, min(self._max_rows, self._cache_tokens // max_new_tokens))
+        families = _families(prompts, max(1, max_rows // group_size))
         with self._generating():
-            for wave in _waves(families, self._max_rows // group_size, self._cache_tokens):
+            for wave in _waves(families, max_rows // group_size, self._cache_tokens):
                 prefixes = [self._read_prefix(prompts[f.prompts[0]][: f.shared]) for f in wave]
+                own = [[prompts[i][f.shared :] for i in f.prompts] for f in wave]
                 # More answers than rows: the group is written in parts, over the same prefix.
-                for first in range(0, group_size, self._max_rows):
-                    answers = range(first, min(first + self._max_rows, group_size))
+                for first in range(0, group_size, max_rows):
+                    answers = range(first, min(first + max_rows, group_size))
                     rows = [
                         _Row(index, answer, _uniforms(seed, index, answer, max_new_tokens))
                         for family in wave
                         for index in family.prompts
                         for answer in answers
                     ]
-                    own = [[prompts[i][f.shared :] for i in f.prompts] for f in wave]
-                    self._write(prefixes, own, rows, len(answers), max_new_tokens, temperature)
+                    with self._shared_attention():
+                        self._write(prefixes, own, rows, len(answers), max_new_tokens, temperature)
                     for row in rows:
                         turns[row.prompt][row.answer] = row.turn(
                             prompts[row.prompt], temperature, self._eos
@@ -156,6 +159,16 @@ class EmbeddedRollouts:
             self._known = ([], [])
             self._model.train(was_training)
 
+    @contextmanager
+    def _shared_attention(self) -> Iterator[None]:
+        """The model reads its keys and values from ``SharedPrefixes``."""
+        before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(ATTENTION)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(before)
+
     # --- reading --------------------------------------------------------------
 
     def _read_prefix(self, tokens: list[int]) -> KeyValues:
@@ -201,13 +214,13 @@ class EmbeddedRollouts:
         width = max(map(len, prompts))
         pads = torch.tensor([width - len(tokens) for tokens in prompts], device=device)
         ids = torch.tensor([[tokens[0]] * (width - len(tokens)) + tokens for tokens in prompts])
-        state = SharedPrefixes(prefixes, [len(family) for family in own], pads, width)
+        state = SharedPrefixes(prefixes, [len(family) for family in own], pads)
         slots = (torch.arange(width, device=device) - pads[:, None]).clamp_min(0)
         positions = slots + state.shared()[:, None]
         logits = self._forward(ids.to(device), positions, state)  # [prompts, V]
 
         logits = logits.repeat_interleave(group_size, dim=0)
-        state.repeat(group_size, max_new_tokens - 1)
+        state.repeat(group_size)
         uniforms = torch.from_numpy(np.stack([row.uniforms for row in rows])).to(device)
         ends = torch.tensor(sorted(self._eos), dtype=torch.long, device=device)
         alive = torch.arange(len(rows), device=device)  # rows of the batch that are written
@@ -239,18 +252,13 @@ class EmbeddedRollouts:
         self, ids: torch.Tensor, positions: torch.Tensor, state: SharedPrefixes
     ) -> torch.Tensor:
         """fp32 logits ``[rows, V]`` of the last token of ``ids [rows, S]``."""
-        before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(ATTENTION)
-        try:
-            out = self._model(
-                input_ids=ids,
-                position_ids=positions,
-                use_cache=False,
-                logits_to_keep=1,
-                shared_prefixes=state,
-            )
-        finally:
-            self._model.set_attn_implementation(before)
+        out = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=1,
+            shared_prefixes=state,
+        )
         state.tokens += ids.shape[1]
         return out.logits[:, -1].float()
 

@@ -29,11 +29,10 @@ class SharedPrefixes:
     ``pads[r]`` slots of row r are empty.
     """
 
-    def __init__(self, prefixes: list[KeyValues], sizes: list[int], pads: torch.Tensor, room: int):
+    def __init__(self, prefixes: list[KeyValues], sizes: list[int], pads: torch.Tensor):
         self.prefixes = prefixes
         self.sizes = sizes  # rows of each family
         self.pads = pads  # [rows]
-        self.room = room  # own tokens that fit
         self.tokens = 0  # own tokens written, by every layer
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -49,28 +48,29 @@ class SharedPrefixes:
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take in ``[rows, Hkv, S, D]`` of the newest tokens; return all own ones."""
-        if layer not in self._own:
-            shape = (*keys.shape[:2], self.room, keys.shape[3])
-            self._own[layer] = (keys.new_empty(shape), values.new_empty(shape))
         end = self.tokens + keys.shape[2]
+        if layer not in self._own or self._own[layer][0].shape[2] < end:
+            self._grow(layer, keys, values, max(end, 2 * self.tokens))
         own = self._own[layer]
         own[0][:, :, self.tokens : end] = keys
         own[1][:, :, self.tokens : end] = values
         return own[0][:, :, :end], own[1][:, :, :end]
 
-    def repeat(self, times: int, more_room: int) -> None:
-        """Every row ``times`` times, neighbours of each other, with room for more tokens."""
-        self.room += more_room
+    def _grow(self, layer: int, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
+        """Room for ``room`` own tokens in a layer; long answers are rare, so that it doubles."""
+        wider = [t.new_empty(*t.shape[:2], room, t.shape[3]) for t in (keys, values)]
+        for new, old in zip(wider, self._own.get(layer, ()), strict=False):
+            new[:, :, : self.tokens] = old[:, :, : self.tokens]
+        self._own[layer] = tuple(wider)
+
+    def repeat(self, times: int) -> None:
+        """Every row ``times`` times, neighbours of each other."""
         self.sizes = [times * size for size in self.sizes]
         self.pads = self.pads.repeat_interleave(times)
-        for layer, own in self._own.items():
-            wider = []
-            for old in own:
-                rows, heads, _, width = old.shape
-                new = old.new_empty(rows * times, heads, self.room, width)
-                new[:, :, : self.tokens] = old[:, :, : self.tokens].repeat_interleave(times, dim=0)
-                wider.append(new)
-            self._own[layer] = tuple(wider)
+        self._own = {
+            layer: tuple(part[:, :, : self.tokens].repeat_interleave(times, dim=0) for part in own)
+            for layer, own in self._own.items()
+        }
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep ``rows``, indices in ascending order."""

@@ -88,7 +88,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(model):
         {"max_rows": 1},
         {"max_rows": 2},
         {"max_rows": 6, "cache_tokens": 50},
-        {"cache_tokens": 1},
+        {"cache_tokens": 1},  # one answer at a time
         {"prefill_tokens": 7},
     ):
         apart = generate(model, prompts, settings=settings)
