@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -175,7 +177,15 @@ def run(
             _progress(console) as progress,
         ):
             task = progress.add_task("answered", total=total)
-            done = ask(data, out, client, settings, tick=lambda: progress.advance(task))
+            steps = progress.add_task("agent steps", total=None, visible=mode == "agent")
+            done = ask(
+                data,
+                out,
+                client,
+                settings,
+                tick=lambda: progress.advance(task),
+                step_tick=lambda: progress.advance(steps),
+            )
     except LLMError as error:
         raise InputError(
             f"the model failed: {error}. What was answered is kept; run the same command again"
@@ -185,7 +195,9 @@ def run(
     console.print(
         f"{done.asked} answered, {done.known_before} known before, {done.refused} refused"
     )
-    _finish(console, out, score_run(data, out, judge=_judge(judge_url, judge_model, out)))
+    with _judge(judge_url, judge_model, out) as judge:
+        results = score_run(data, out, judge=judge)
+    _finish(console, out, results)
 
 
 @app.command("score")
@@ -198,8 +210,9 @@ def score(
     """Score the responses of a run again, with a judge or without; no question is asked again."""
     from qwenlong.evals.run import score_run
 
-    judge = _judge(judge_url, judge_model, run_folder)
-    _finish(Console(stderr=True), run_folder, score_run(data, run_folder, judge=judge))
+    with _judge(judge_url, judge_model, run_folder) as judge:
+        results = score_run(data, run_folder, judge=judge)
+    _finish(Console(stderr=True), run_folder, results)
 
 
 @app.command("compare")
@@ -275,16 +288,18 @@ def _open_client(
     )
 
 
-def _judge(url: str, model: str, out: Path) -> Judge | None:
+@contextlib.contextmanager
+def _judge(url: str, model: str, out: Path) -> Iterator[Judge | None]:
     if not url and not model:
-        return None
+        yield None
+        return
     if not (url and model):
         raise InputError("a judge needs --judge-url and --judge-model")
     from qwenlong.llm import ChatClient
     from qwenlong.rewards import Judge
 
-    client = ChatClient(url, model=model, api_key=os.environ.get("JUDGE_API_KEY"))
-    return Judge(client, cache=out / "judge")
+    with ChatClient(url, model=model, api_key=os.environ.get("JUDGE_API_KEY")) as client:
+        yield Judge(client, cache=out / "judge")
 
 
 def _progress(console: Console) -> Progress:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,11 +128,13 @@ def ask(
     settings: RunSettings,
     *,
     tick: Progress = lambda: None,
+    step_tick: Progress = lambda: None,
 ) -> Answered:
     """Put every question of the set ``data`` to ``client``; responses go to ``out``.
 
     Args:
         tick: called once for each answer, those of an earlier run first.
+        step_tick: called when the agent has read a chunk or answered.
 
     Raises:
         InputError: ``out`` holds a run with other settings, model or questions.
@@ -168,7 +172,11 @@ def ask(
             tick()
 
         if settings.mode == "agent":
-            asyncio.run(_ask_agents(out, client, settings, texts, open_questions(), keep))
+            with tempfile.TemporaryDirectory(dir=out, prefix=".texts-") as folder:
+                contexts = _Contexts(Path(folder), texts)
+                asyncio.run(
+                    _ask_agents(out, client, settings, contexts, open_questions(), keep, step_tick)
+                )
         else:
             _ask_once(client, settings, texts, open_questions(), keep)
     return done
@@ -269,7 +277,37 @@ def _refusal(error: LLMError, truncated: bool) -> dict[str, Any]:
     }
 
 
-async def _ask_agents(out: Path, client, settings: RunSettings, texts, questions, keep) -> None:
+class _Contexts:
+    """The contexts that agents are reading, as files: memory does not grow with their length."""
+
+    def __init__(self, folder: Path, texts: Callable[[str], str]):
+        self._folder, self._texts = folder, texts
+        self._open: dict[str, tuple[TextSource, Path]] = {}
+        self._readers: Counter[str] = Counter()
+
+    def source(self, sample: Sample) -> TextSource:
+        """The context of ``sample`` as its full-context prompt shows it, for one more reader."""
+        if sample.id not in self._open:
+            path = self._folder / f"{hashlib.sha256(sample.id.encode()).hexdigest()}.txt"
+            with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
+                blocks = prompts.document_blocks(prompts.view(sample).documents, self._texts)
+                for number, block in enumerate(blocks):
+                    file.write(block if number == 0 else prompts.DOCUMENT_GAP + block)
+            source = TextSource.from_documents([("", path)], name=sample.id)
+            self._open[sample.id] = (source, path)
+        self._readers[sample.id] += 1
+        return self._open[sample.id][0]
+
+    def close(self, sample: Sample) -> None:
+        """One reader of ``sample`` has ended; the file goes with the last."""
+        self._readers[sample.id] -= 1
+        if not self._readers[sample.id]:
+            self._open.pop(sample.id)[1].unlink()
+
+
+async def _ask_agents(
+    out: Path, client, settings: RunSettings, contexts: _Contexts, questions, keep, step_tick
+) -> None:
     """The memory agent reads the context chunk by chunk; each step is on disk when it ends."""
     steps: dict[str, list[Step]] = {}
     path = out / "steps.jsonl"
@@ -279,46 +317,46 @@ async def _ask_agents(out: Path, client, settings: RunSettings, texts, questions
     asked: dict[str, tuple[Sample, int]] = {}
 
     def tasks() -> Iterator[AgentTask]:
-        source: TextSource | None = None
         for sample, index in questions:
-            if source is None or source.name != sample.id:
-                source = TextSource.from_sample(sample, texts)
             seen = prompts.view(sample)
             name = f"{sample.id}#{index}"
             asked[name] = (sample, index)
             question = prompts.question_with_choices(seen.question, seen.choices)
-            yield AgentTask(name, question, source, seen.instructions, index)
+            yield AgentTask(name, question, contexts.source(sample), seen.instructions, index)
 
     with JsonlAppender(path) as file:
 
         def on_step(name: str, step: Step) -> None:
             file.append({"question": name, **step.to_json()})
+            step_tick()
 
-        async for name, result in run_agents(
+        answers = run_agents(
             client,
             agent_tokenizer(settings.tokenizer),
             tasks(),
             settings.agent_config(),
             steps=steps,
             on_step=on_step,
-        ):
+        )
+        async for name, result in answers:
             sample, index = asked.pop(name)
+            contexts.close(sample)
             steps.pop(name, None)
-            if isinstance(result, AgentResult):
-                row = {
-                    "response": result.answer,
-                    "finish_reason": "stop",
-                    "tokens": {
-                        "prompt": result.tokens["prompt"],
-                        "completion": result.tokens["completion"],
-                        "calls": result.calls,
-                    },
-                    "truncated": False,
-                    "refused": None,
-                    "events": dict(sorted(result.events.items())),
-                }
-            else:
-                row = _refusal(result, False)
+            if not isinstance(result, AgentResult):
+                keep(sample, index, _refusal(result, False))
+                continue
+            row = {
+                "response": result.answer,
+                "finish_reason": "stop",
+                "tokens": {
+                    "prompt": result.tokens["prompt"],
+                    "completion": result.tokens["completion"],
+                    "calls": result.calls,
+                },
+                "truncated": False,
+                "refused": None,
+                "events": dict(sorted(result.events.items())),
+            }
             keep(sample, index, row)
 
 
