@@ -1,5 +1,7 @@
 """``qwenlong train-demo``: a small real model is trained, and asked about held-out documents.
 
+    python -m qwenlong.train_demo RUN/result.json ... OUT.md      a table of several runs
+
 The recipe's task must be ``qwenlong.data.needle``'s. The questions of its other side, ``split``
 eval, are asked of the model before and after, at the temperature of the training; a document is one
 unit of the intervals, because its questions are not independent.
@@ -7,12 +9,16 @@ unit of the intervals, because its questions are not independent.
 
 from __future__ import annotations
 
+import json
+import platform
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
 from rich.console import Console
@@ -24,7 +30,7 @@ from qwenlong.episodes import prompt_ids
 from qwenlong.errors import InputError
 from qwenlong.evals.statistics import Estimate, difference, estimate
 from qwenlong.metrics import METRICS_FILE, read_metrics
-from qwenlong.models import DTYPES, load_causal_lm, load_tokenizer
+from qwenlong.models import DTYPES, load_causal_lm, load_tokenizer, pick_device
 from qwenlong.rewards import score
 from qwenlong.rollout import EmbeddedRollouts
 from qwenlong.storage import atomic_write, read_jsonl, write_json, write_jsonl
@@ -81,6 +87,7 @@ def run_demo(
         "steps": recipe.steps,
         "prompts": len(samples),
         "passages": passages,
+        "device": _device_name(recipe),
         "seconds": round(time.monotonic() - started, 1),  # of this process
         "rewards": [
             _compared(rows["before", t], rows["after", t], t, task)
@@ -204,6 +211,31 @@ def describe(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _device_name(recipe: Recipe) -> str:
+    if pick_device(recipe.model.device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def seeds_table(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of several runs, a row for each seed and kind of question."""
+    lines = [
+        "| seed | questions | temperature | prompts | reward before | reward after | gain | steps "
+        "| device |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in sorted(results, key=lambda r: r["seed"]):
+        for row in result["rewards"]:
+            cells = [
+                f"{row[key]['mean']:.3f} ({row[key]['low']:.3f} to {row[key]['high']:.3f})"
+                for key in (*BOTH, "gain")
+            ]
+            first = [result["seed"], row["task"], f"{row['temperature']:g}", row["prompts"]]
+            cells = [*map(str, first), *cells, str(result["steps"]), result["device"]]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw_demo(result: dict[str, Any], metrics_path: Path, out_png: Path) -> None:
     """Held-out reward before and after with its intervals, beside the reward while training."""
     from matplotlib.figure import Figure
@@ -243,3 +275,11 @@ def draw_demo(result: dict[str, Any], metrics_path: Path, out_png: Path) -> None
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(out_png, "wb") as file:
         figure.savefig(file, format="png")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m qwenlong.train_demo RESULT.json ... OUT.md")
+    with atomic_write(sys.argv[-1]) as file:
+        file.write(seeds_table([json.loads(Path(path).read_text()) for path in sys.argv[1:-1]]))
+    print(sys.argv[-1])

@@ -11,7 +11,7 @@ from qwenlong.episodes import prompt_ids
 from qwenlong.errors import InputError
 from qwenlong.models import load_tokenizer
 from qwenlong.tiny import model_folder
-from qwenlong.train_demo import RECIPE, describe, held_out, run_demo
+from qwenlong.train_demo import RECIPE, describe, held_out, run_demo, seeds_table
 
 SMALL = {
     "name": "small-demo",
@@ -56,6 +56,10 @@ def test_ask_train_ask_again(tmp_path):
         gain = row["after"]["mean"] - row["before"]["mean"]
         assert row["gain"]["mean"] == pytest.approx(gain)
     assert "12 held-out prompts over 3 passages" in describe(result)
+    head, _, *rows = seeds_table([{**result, "seed": 4}, result]).splitlines()
+    assert head.count("|") == 10 and all(row.count("|") == 10 for row in rows)
+    assert [row.split(" | ")[0] for row in rows] == ["| 0"] * 6 + ["| 4"] * 6
+    assert "| all | 1 | 12 |" in rows[0]
 
     # What is there is not made again: a row that is changed stays.
     path = tmp_path / "held-out" / "after-t1.jsonl"
