@@ -94,6 +94,17 @@ def two_halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def store_columns(
+    value, out_ptr, offs_row, mask_m, stride, column, N, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """``[rows, BLOCK_N]`` to the columns from ``column`` on, in the dtype of ``out_ptr``."""
+    offs_n = column + tl.arange(0, BLOCK_N)
+    at = out_ptr + offs_row[:, None] * stride + offs_n[None, :]
+    mask = mask_m[:, None] & (offs_n < N)[None, :]
+    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def gate_up_kernel(
     x, w, a_ptr, h_ptr, order_ptr, tiles_ptr, n_tiles_ptr,
     stride_xt, stride_am, stride_hm, max_tiles, H, I,  # noqa: E741
@@ -146,10 +157,8 @@ def gate_up_kernel(
         if STORE_A:
             gate, up = two_halves(acc, BLOCK_M, BLOCK_N)
             value = gate * tl.sigmoid(gate) * up
-            offs_n = column + tl.arange(0, BLOCK_N)
-            at = a_ptr + (local + offs_m).to(tl.int64)[:, None] * stride_am + offs_n[None, :]
-            mask = mask_m[:, None] & (offs_n < I)[None, :]
-            tl.store(at, value.to(a_ptr.dtype.element_ty), mask=mask)
+            offs_row = (local + offs_m).to(tl.int64)
+            store_columns(value, a_ptr, offs_row, mask_m, stride_am, column, I, BLOCK_N)
 
 
 @triton.jit
@@ -217,9 +226,12 @@ def product_kernel(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        at = out_ptr + (local + offs_m).to(tl.int64)[:, None] * stride_om + offs_n[None, :]
-        mask = mask_m[:, None] & (offs_n < N)[None, :]
-        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        # in two parts: half of the shared memory to reorder it
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = two_halves(acc, BLOCK_M, half)
+        offs_row = (local + offs_m).to(tl.int64)
+        store_columns(left, out_ptr, offs_row, mask_m, stride_om, column, N, half)
+        store_columns(right, out_ptr, offs_row, mask_m, stride_om, column + half, N, half)
 
 
 @triton.jit(do_not_specialize=["first_token"])

@@ -18,7 +18,7 @@ from qlkernels.grouped_gemm.kernels import (
     tile_map_kernel,
 )
 
-_PATHS = (("pointer", 2, [80]), ("pointer", 4, [80, 90]), ("tma-sm90", 2, [90]), ("tma-sm100", 2, [100]))  # noqa: E501  # fmt: skip
+_PATHS = (("pointer", 2, [80, 90]), ("pointer", 4, [80, 90]), ("tma-sm90", 2, [90]), ("tma-sm100", 2, [100]))  # noqa: E501  # fmt: skip
 _ALIGNED = (
     "stride_xt", "stride_xm", "stride_am", "stride_hm", "stride_om", "stride_lm", "stride_rm",
     "stride_rt", "stride_ot", "H", "I", "M", "N", "K", "x", "w", "a_ptr", "h_ptr", "dh_ptr",
