@@ -97,6 +97,7 @@ OPS = [
     "linear_policy_loss",
     "moe_routing",
     "grouped_gemm",
+    "scorer.elementwise",
 ]
 CAPABILITIES = [80, 90, 100]
 BUDGET = Path(__file__).parent / "qlkernels" / "aot_budget.json"

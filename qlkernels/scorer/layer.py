@@ -17,15 +17,12 @@ import torch.nn.functional as F
 
 from qlkernels.moe import moe_mlp
 from qlkernels.moe_routing import moe_route
+from qlkernels.router_replay import RoutingRecord, RoutingRecorder
 from qlkernels.scorer.decoder import Decoder
 from qlkernels.scorer.elementwise import norm_and_rotate_, rms_norm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Weights = dict[str, torch.Tensor]
-
-
-def _no_mark(_part: str) -> None:
-    """Nobody measures the parts."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,9 @@ class Pass:
     sin: torch.Tensor
     attend: Attend  # (q [T, heads, D], k [T, kv_heads, D], v) -> [T, heads, D]
     chunk_tokens: int
-    mark: Callable[[str], None] = _no_mark  # called with the name of the part that begins
+    mark: Callable[[str], None]  # called with the name of the part that begins
+    recorder: RoutingRecorder | None = None  # of the experts that are chosen
+    replay: RoutingRecord | None = None  # experts to use instead
 
     def chunks(self, T: int) -> list[slice]:
         return [slice(a, min(T, a + self.chunk_tokens)) for a in range(0, T, self.chunk_tokens)]
@@ -47,7 +46,7 @@ def run_layer(x: torch.Tensor, layer: int, w: Weights, step: Pass) -> torch.Tens
     """``x [T, H]`` with attention and MLP of ``layer`` added; the memory of ``x`` is written."""
     _add_attention(x, w, step)
     if layer in step.decoder.moe_layers:
-        return _plus_experts(x, w, step)
+        return _plus_experts(x, layer, w, step)
     _add_mlp(x, w, step)
     return x
 
@@ -93,7 +92,7 @@ def _add_mlp(x: torch.Tensor, w: Weights, step: Pass) -> None:
         _add_linear(x[rows], gate, w, "mlp.down_proj")
 
 
-def _plus_experts(x: torch.Tensor, w: Weights, step: Pass) -> torch.Tensor:
+def _plus_experts(x: torch.Tensor, layer: int, w: Weights, step: Pass) -> torch.Tensor:
     decoder = step.decoder
     step.mark("elementwise")
     n = rms_norm(x, w["post_attention_layernorm.weight"], decoder.eps)
@@ -101,8 +100,14 @@ def _plus_experts(x: torch.Tensor, w: Weights, step: Pass) -> torch.Tensor:
     # for all rows at once: the algorithm of a library product may change with their number
     logits = n @ w["mlp.gate.weight"].T  # [T, E]
     routing = moe_route(
-        logits, decoder.top_k, norm_topk_prob=decoder.norm_topk_prob, weights_dtype=x.dtype
+        logits,
+        decoder.top_k,
+        norm_topk_prob=decoder.norm_topk_prob,
+        replay_ids=None if step.replay is None else step.replay.layer_ids(layer),
+        weights_dtype=x.dtype,
     )
+    if step.recorder is not None:
+        step.recorder.add(layer, routing.topk_ids)
     return moe_mlp(
         n,
         routing.topk_ids,

@@ -185,3 +185,8 @@ def what_would_fit(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle, 256, stream_weights) else (low, middle)
     return f"at most {low} tokens fit (with chunk_tokens=256)" if low else "not one token fits"
+
+
+def gigabytes(size: int) -> str:
+    """For messages."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -14,27 +14,22 @@ from qlkernels._scores import TokenScores
 from qlkernels.attention import attention, choose_backend, prefix_attention, why_not
 from qlkernels.linear_logprob import linear_logprob
 from qlkernels.prefix_group import PackedGroups
-from qlkernels.scorer.checkpoint import Checkpoint
+from qlkernels.router_replay import RoutingRecord, RoutingRecorder
 from qlkernels.scorer.decoder import Decoder, find_parts, named_layer
 from qlkernels.scorer.elementwise import rms_norm
 from qlkernels.scorer.layer import Attend, Pass, run_layer
+from qlkernels.scorer.loading import load_folder, stream_model
 from qlkernels.scorer.memory import (
     CHUNK_TOKENS,
     MemoryEstimate,
     NotEnoughMemory,
     available_bytes,
     estimate_memory,
-    host_bytes,
+    gigabytes,
     what_would_fit,
 )
 from qlkernels.scorer.rows import Rows, rows_of
-from qlkernels.scorer.weights import (
-    LayerLayout,
-    ResidentWeights,
-    StreamedWeights,
-    host_buffer,
-    layouts_of,
-)
+from qlkernels.scorer.weights import ResidentWeights, StreamedWeights
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -99,7 +94,7 @@ class Scorer:
             )
         if stream_weights:
             outer = {"embedding": base.embed_tokens, "norm": base.norm, "head": head}
-            self._weights = _stream_model(self.decoder, base.layers, outer, dtype, self.device)
+            self._weights = stream_model(self.decoder, base.layers, outer, dtype, self.device)
         elif where.type != self.device.type:
             raise ValueError(
                 f"Scorer: the model is on {where} and device is {self.device}; move it there, or "
@@ -146,31 +141,9 @@ class Scorer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or config.dtype or torch.bfloat16
         _check_dtype(dtype)
-        checkpoint = Checkpoint(folder)
-        on_host = stream_weights
-        _check_room_for_weights(decoder, dtype, self.device, on_host)
-        ends = _read_ends(checkpoint, decoder, dtype, self.device, on_host)
-        layouts = layouts_of(decoder, dtype)
-        report = on_layer_loaded or (lambda _done, _total: None)
-        if stream_weights and self.device.type != "cuda":
-            self._weights = StreamedWeights(
-                layouts, ends, self.device, checkpoint.read_layer_into, None
-            )
-        else:
-            flats = []
-            for i, layout in enumerate(layouts):
-                flats.append(
-                    host_buffer(layout.bytes, self.device)
-                    if on_host
-                    else torch.empty(layout.bytes, dtype=torch.uint8, device=self.device)
-                )
-                checkpoint.read_layer_into(i, layout.views(flats[-1]))
-                report(i + 1, decoder.layers)
-            if on_host:
-                self._weights = StreamedWeights(layouts, ends, self.device, _no_fill, flats)
-            else:
-                named = [a.views(b) for a, b in zip(layouts, flats, strict=True)]
-                self._weights = ResidentWeights(named, ends)
+        self._weights = load_folder(
+            decoder, folder, dtype, self.device, stream_weights, on_layer_loaded
+        )
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
         # buffers of a model on the meta device are empty: the rotary embedding is made again
@@ -242,8 +215,8 @@ class Scorer:
         needed = estimate_memory(self.decoder, len(rows), **settings).activations
         if needed > available:
             raise NotEnoughMemory(
-                f"Scorer: a pass over {len(rows)} tokens needs {_gb(needed)} beside the weights "
-                f"and {_gb(available)} are free on {self.device}; "
+                f"Scorer: a pass over {len(rows)} tokens needs {gigabytes(needed)} beside the "
+                f"weights and {gigabytes(available)} are free on {self.device}; "
                 f"{what_would_fit(self.decoder, len(rows), available, **settings)}"
             )
 
@@ -257,6 +230,8 @@ class Scorer:
         cu_seqlens: torch.Tensor | None = None,
         positions: str | torch.Tensor = "all",
         temperature: float | torch.Tensor = 1.0,
+        recorder: RoutingRecorder | None = None,
+        replay: RoutingRecord | None = None,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> TokenScores:
         """Log-probability, entropy and log-sum-exp of the token after each row, in nats.
@@ -268,6 +243,9 @@ class Scorer:
             positions: ``"all"`` rows that have a target, the ``"answers"`` of a layout, or a mask
                 bool ``[T]``. Other rows cost no work in the head and return 0.
             temperature: positive; a float, or fp32 ``[T]``.
+            recorder: from ``routing_recorder``; gets the experts that every row chose.
+            replay: the experts to use, of these rows in this order (for a layout, of its rows);
+                rows without a route choose their own.
             on_layer: called with (layers done, layers in all); waits for the layer before.
 
         Returns:
@@ -284,7 +262,7 @@ class Scorer:
             temperature = temperature.to(self.device)
         if T == 0:
             return TokenScores(*(torch.zeros(0, device=self.device) for _ in range(3)))
-        x = self._last_hidden_states(rows, on_layer)
+        x = self._last_hidden_states(rows, on_layer, recorder, replay)
         x = rms_norm(x, self._weights.end("norm"), self.decoder.eps)
         return linear_logprob(
             x,
@@ -319,21 +297,40 @@ class Scorer:
         for part in self._chunks(len(rows)):
             yield part, rms_norm(x[part], norm, self.decoder.eps)
 
+    def routing_recorder(self) -> RoutingRecorder:
+        """An empty recorder of this model's experts, for ``score``."""
+        if not self.decoder.moe_layers:
+            raise ValueError("Scorer: the model has no experts whose choice could be recorded")
+        return RoutingRecorder(self.decoder.E, sorted(self.decoder.moe_layers))
+
+    def _check_replay(self, replay: RoutingRecord, T: int) -> None:
+        decoder = self.decoder
+        wanted = (tuple(sorted(decoder.moe_layers)), decoder.E, decoder.top_k, T)
+        found = (replay.layers, replay.num_experts, replay.top_k, replay.num_tokens)
+        if wanted != found:
+            raise ValueError(
+                f"Scorer: the pass has (layers, experts, top_k, rows) = {wanted}, the record to "
+                f"replay {found}"
+            )
+
     def _last_hidden_states(
-        self, rows: Rows, on_layer: Callable[[int, int], None] | None
+        self,
+        rows: Rows,
+        on_layer: Callable[[int, int], None] | None,
+        recorder: RoutingRecorder | None = None,
+        replay: RoutingRecord | None = None,
     ) -> torch.Tensor:
         """The residual stream ``[T, H]`` behind the last layer."""
+        if replay is not None:
+            self._check_replay(replay, len(rows))
+            replay = replay.to(self.device)
         self._check_memory(rows)
         self.on_part("embedding")
         x = self._weights.embed(rows.input_ids)
         cos, sin = self._rotation(rows.position_ids)
+        attend = _attention(rows, self.attention)
         step = Pass(
-            self.decoder,
-            cos,
-            sin,
-            _attention(rows, self.attention),
-            self.chunk_tokens,
-            self.on_part,
+            self.decoder, cos, sin, attend, self.chunk_tokens, self.on_part, recorder, replay
         )
         report = _Progress(on_layer, self.decoder.layers, self.device)
         for i, weights in enumerate(self._weights.layers()):
@@ -393,30 +390,6 @@ def _attention(rows: Rows, backend: str) -> Attend:
     )
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def _check_room_for_weights(
-    decoder: Decoder, dtype: torch.dtype, device: torch.device, stream_weights: bool
-) -> None:
-    """Before anything is read."""
-    model = decoder.num_weights() * dtype.itemsize
-    on_disk = stream_weights and device.type != "cuda"
-    free = host_bytes() if stream_weights else available_bytes(device)
-    if free is None or on_disk or model <= free:
-        return
-    if stream_weights:
-        raise NotEnoughMemory(
-            f"Scorer: the weights take {_gb(model)} of host memory and {_gb(free)} are free; free "
-            "some, or run on the CPU, where layers stay on disk (device='cpu')"
-        )
-    raise NotEnoughMemory(
-        f"Scorer: the weights take {_gb(model)} and {_gb(free)} are free on {device}; "
-        "use stream_weights=True"
-    )
-
-
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in _DTYPES:
         raise TypeError(f"Scorer: weights must be fp32, bf16 or fp16, got {dtype}")
@@ -435,72 +408,3 @@ def _common_dtype_and_device(model: torch.nn.Module) -> tuple[torch.dtype, torch
             )
         first = first or (name, found)
     return first[1]
-
-
-def _stream_model(
-    decoder: Decoder,
-    modules: Any,
-    outer: dict[str, torch.nn.Module],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> StreamedWeights:
-    """Move a model to host buffers, a layer at a time, and let its parameters live there."""
-    layouts = layouts_of(decoder, dtype)
-    flats = [_move_to_host(m, a, device) for m, a in zip(modules, layouts, strict=True)]
-
-    def fill(layer: int, out: dict[str, torch.Tensor]) -> None:
-        for name, view in layouts[layer].views(flats[layer]).items():
-            out[name].copy_(view)
-
-    moved: dict[int, torch.Tensor] = {}  # a tied head is one parameter
-    ends = {}
-    for name, module in outer.items():
-        key = id(module.weight)
-        if key not in moved:
-            layout = LayerLayout({"weight": tuple(module.weight.shape)}, dtype)
-            moved[key] = layout.views(_move_to_host(module, layout, device))["weight"]
-        ends[name] = moved[key]
-    return StreamedWeights(layouts, ends, device, fill, flats)
-
-
-def _move_to_host(
-    module: torch.nn.Module, layout: LayerLayout, device: torch.device
-) -> torch.Tensor:
-    flat = host_buffer(layout.bytes, device)
-    views = layout.views(flat)
-    for name, parameter in module.named_parameters():
-        views[name].copy_(parameter.detach())
-        parameter.data = views[name]
-    return flat
-
-
-def _read_ends(
-    checkpoint: Checkpoint,
-    decoder: Decoder,
-    dtype: torch.dtype,
-    device: torch.device,
-    on_host: bool,
-) -> dict[str, torch.Tensor]:
-    names = {
-        "embedding": ("model.embed_tokens.weight", (decoder.V, decoder.H)),
-        "norm": ("model.norm.weight", (decoder.H,)),
-        "head": ("lm_head.weight", (decoder.V, decoder.H)),
-    }
-    ends = {}
-    for end, (name, shape) in names.items():
-        if end == "head" and decoder.is_tied:
-            ends[end] = ends["embedding"]
-            continue
-        layout = LayerLayout({name: shape}, dtype)
-        flat = (
-            host_buffer(layout.bytes, device)
-            if on_host
-            else torch.empty(layout.bytes, dtype=torch.uint8, device=device)
-        )
-        ends[end] = layout.views(flat)[name]
-        checkpoint.read_into(name, ends[end])
-    return ends
-
-
-def _no_fill(_layer: int, _out: dict[str, torch.Tensor]) -> None:
-    """Layers in page-locked memory need no one to write them."""

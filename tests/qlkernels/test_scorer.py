@@ -1,10 +1,13 @@
 """The scorer against transformers' own forward of each sequence, on the CPU in fp32."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
 from qlkernels.prefix_group import pack_groups
+from qlkernels.router_replay import record_routing, replay_routing
 from qlkernels.scorer import Scorer
 
 V = 97
@@ -326,3 +329,48 @@ def test_the_chosen_attention_is_said_and_its_order_kept(models):
         Scorer(models("qwen3"), attention=["flash-attn-4", "cudnn"])
     with pytest.raises(ValueError, match="unknown backend 'magic'"):
         Scorer(models("qwen3"), attention="magic")
+
+
+# --- routing -----------------------------------------------------------------
+
+
+def test_routing_is_recorded_as_transformers_chooses(models):
+    model = models("qwen3-moe-mixed")
+    ids = torch.arange(20)
+    with record_routing(model) as theirs, torch.no_grad():
+        model(ids[None])
+    scorer = Scorer(model, chunk_tokens=7)
+    ours = scorer.routing_recorder()
+    plain = scorer.score(ids)
+    assert all(map(torch.equal, scorer.score(ids, recorder=ours), plain))
+    found, expected = ours.record(), theirs.record()
+    assert found.layers == expected.layers == (0, 2)
+    assert torch.equal(found.ids.sort().values, expected.ids.sort().values)
+    assert all(map(torch.equal, scorer.score(ids, replay=found), plain))
+
+
+def test_replayed_experts_are_used(models):
+    model = models("qwen3-moe")
+    scorer, ids = Scorer(model), torch.arange(12)
+    recorder = scorer.routing_recorder()
+    plain = scorer.score(ids, recorder=recorder)
+    record = recorder.record()
+    others = dataclasses.replace(record, ids=(record.ids + 1) % 8)
+    with replay_routing(model, others), torch.no_grad():
+        logits = model(ids[None]).logits[0].double()
+    want = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
+    actual = scorer.score(ids, replay=others)
+    torch.testing.assert_close(actual.logprobs[:-1].double(), want, atol=1e-5, rtol=0)
+    assert (actual.logprobs - plain.logprobs).abs().max() > 1e-3
+    live = dataclasses.replace(record, ids=torch.full_like(record.ids, 255))
+    assert all(map(torch.equal, scorer.score(ids, replay=live), plain))
+
+
+def test_records_that_do_not_fit(models):
+    scorer = Scorer(models("qwen3-moe"))
+    recorder = scorer.routing_recorder()
+    scorer.score(torch.arange(5), recorder=recorder)
+    with pytest.raises(ValueError, match=r"8, 2, 6\), the record to replay .* 8, 2, 5\)"):
+        scorer.score(torch.arange(6), replay=recorder.record())
+    with pytest.raises(ValueError, match="no experts"):
+        Scorer(models("llama")).routing_recorder()

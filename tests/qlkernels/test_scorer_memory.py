@@ -128,7 +128,7 @@ def test_streaming_is_offered_where_the_weights_are_in_the_way():
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr("qlkernels.scorer.scorer.available_bytes", lambda _device: 10_000)
+    monkeypatch.setattr("qlkernels.scorer.loading.available_bytes", lambda _device: 10_000)
     monkeypatch.setattr("qlkernels.scorer.checkpoint.Checkpoint.read_into", pytest.fail)
     with pytest.raises(NotEnoughMemory, match="the weights take .* use stream_weights=True"):
         Scorer.from_folder(tmp_path, device="cpu")

@@ -219,7 +219,7 @@ def test_from_the_command_line(folder, file, capsys):
 
 
 def test_too_little_memory_names_the_option(folder, file, capsys, monkeypatch):
-    monkeypatch.setattr("qlkernels.scorer.scorer.available_bytes", lambda _device: 10_000)
+    monkeypatch.setattr("qlkernels.scorer.loading.available_bytes", lambda _device: 10_000)
     error = main_fails(capsys, "score", "--model", folder, "--answers", file)
     assert "--stream-weights" in error and "True" not in error
 
