@@ -70,9 +70,9 @@ def check(op, ref, inputs, upstream):
     return actual
 
 
-def check_packed(lengths, inputs, upstream, **options):
-    cu = offsets(lengths, inputs["q"].device)
-    op = partial(attention, cu_seqlens=cu, max_seqlen=max(lengths), **options)
+def check_packed(parts, inputs, upstream, **options):
+    cu = offsets(parts, inputs["q"].device)
+    op = partial(attention, cu_seqlens=cu, max_seqlen=max(parts), **options)
     return check(op, partial(attention_ref, cu_seqlens=cu), inputs, upstream)
 
 
