@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qwenlong.metrics import read_metrics
 from qwenlong.storage import atomic_write
@@ -207,6 +208,7 @@ def _gradient(axes: Axes, rows: Rows) -> None:
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(fontsize=7, frameon=False)
 
