@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,3 +279,11 @@ def test_wrong_prompts_and_models_are_refused(model):
         broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         generate(broken, [[9, 10]])
+
+
+def test_the_example_of_the_page_runs(model):
+    page = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"model": model}
+    exec(compile(block, "rollouts.md", "exec"), names)
+    assert len(names["groups"][0]) == 8
