@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from bench import peers
-from bench.cases.providers import our_op, timed
+from bench.cases.providers import graphed, our_op, timed
 from bench.gate import Comparison, require
 from bench.registry import OPS, Outputs, Problem, register
 
@@ -29,6 +29,8 @@ def _points(case: str, *sizes: int) -> list[dict]:
     cuda=[
         *_points("fwd", 32_768, 131_072, 1_048_576),
         *_points("fwd_bwd", 32_768, 131_072, 1_048_576),
+        *_points("fwd_graph", 32_768, 1_048_576),
+        *_points("fwd_bwd_graph", 32_768, 1_048_576),
     ],
     cpu=[
         *_points("fwd", 32_768, 131_072, 1_048_576),
@@ -57,7 +59,7 @@ def _policy_loss(device: str, case: str, dtype: torch.dtype, T: int, B: int, los
         keep_mask=keep_mask, cu_seqlens=cu_seqlens,
     )  # fmt: skip
 
-    backward = case == "fwd_bwd"
+    backward = case.startswith("fwd_bwd")
     gradients = {"loss": torch.ones((), device=device)} if backward else {}
     logprobs.requires_grad_(backward)
 
@@ -87,9 +89,10 @@ def _policy_loss(device: str, case: str, dtype: torch.dtype, T: int, B: int, los
             worst = max(worst, comparison.relative)
         return worst
 
+    runs = timed(calls, {"logprobs": logprobs}, gradients)
     per_token = sum(x.element_size() for x in inputs.values() if x.shape == (T,))
     return Problem(
-        timed(calls, {"logprobs": logprobs}, gradients),
+        graphed(runs) if case.endswith("_graph") else runs,
         check,
         bytes=T * (per_token + (4 if backward else 0)) + 8 * B,
         useful_flops=0,

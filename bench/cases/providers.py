@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from bench.gate import WrongResult
 from bench.registry import Outputs, Unavailable
 
 
@@ -52,3 +53,39 @@ def timed(
 
     run = forward_backward if upstream else forward
     return {name: partial(run, call) for name, call in calls.items()}
+
+
+def graphed(calls: Mapping[str, Callable[[], Outputs]]) -> dict[str, Callable[[], Outputs]]:
+    """The calls as replays of CUDA graphs: what the device does, without the host's launches.
+
+    The first call of each runs eagerly, for the check; the second captures, and must give the same.
+    """
+
+    def replayed(name: str, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        eager: list[Outputs] = []
+        captured: list[tuple[torch.cuda.CUDAGraph, Outputs]] = []
+
+        def run() -> Outputs:
+            if not eager:
+                eager.append(call())
+                return eager[0]
+            if not captured:
+                graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    call()
+                torch.cuda.current_stream().wait_stream(side)
+                with torch.cuda.graph(graph):
+                    outputs = call()
+                captured.append((graph, outputs))
+                graph.replay()
+                for key, value in outputs.items():
+                    if not torch.allclose(value, eager[0][key], equal_nan=True):
+                        raise WrongResult(f"{name}: {key} of the graph differs from the eager call")
+            graph, outputs = captured[0]
+            graph.replay()
+            return outputs
+
+        return run
+
+    return {name: replayed(name, call) for name, call in calls.items()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bench.cases  # noqa: F401  (fills the registry)
+from bench.cases.providers import graphed
 from bench.gate import WrongResult
 from bench.inputs import hidden_weight_targets, logits_and_targets, upstream
 from bench.registry import OPS, Point, Unavailable, build, register, select
@@ -16,6 +17,7 @@ SMALL = {
     "attention": {"T": 33, "Hq": 4, "Hkv": 2, "D": 16},
     "prefix_attention": {"P": 20, "G": 3, "R": 5, "Hq": 4, "Hkv": 2, "D": 16},
     "logprob_entropy": {"T": 9, "V": 301, "data": "peaked"},
+    "logprob_entropy_with_grad": {"T": 9, "V": 301, "data": "peaked"},
     "token_entropy": {"T": 9, "V": 301, "data": "random"},
     "linear_logprob": {"T": 16, "H": 32, "V": 301, "data": "peaked"},
     "linear_policy_loss": {"T": 32, "H": 32, "V": 301, "B": 8, "data": "peaked"},
@@ -253,3 +255,15 @@ def test_inputs_are_seeded_and_named(make):
 @pytest.mark.parametrize("live, count", [(1.0, 10), (0.5, 5), (0.25, 3), (0.0, 0)])
 def test_upstream_is_zero_on_the_rows_that_do_not_matter(live, count):
     assert int((upstream(10, "cpu", live=live) != 0).sum()) == count
+
+
+@pytest.mark.gpu
+def test_gpu_a_graph_replays_what_the_eager_call_gave():
+    x = torch.randn(1000, device="cuda")
+    calls = graphed({"double": lambda: {"y": 2 * x}})
+    assert all(torch.equal(calls["double"]()["y"], 2 * x) for _ in range(4))
+    numbers = iter(range(9))
+    wrong = graphed({"moving": lambda: {"y": x + next(numbers)}})["moving"]
+    wrong()
+    with pytest.raises(WrongResult, match="moving: y of the graph differs"):
+        wrong()
