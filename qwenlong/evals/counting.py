@@ -1,10 +1,11 @@
 """Questions that need every part of the context: which words occur most often.
 
 After RULER's aggregation tasks (arXiv 2404.06654). The context is lists of words of real text.
-``common_words``: ten words occur ten times as often as each of the others. ``frequent_words``: the
-counts fall as a power of the rank, and the three most frequent words are asked for. The counts are
-taken from the lists as written, and a list in which the answer is not clear by a quarter is drawn
-again.
+``common_words``: ten words occur four times as often as each of the others. ``frequent_words``: the
+counts fall as a power of the rank, and the three most frequent words are asked for. The words asked
+for are spread evenly, each of the others stands in one stretch, where it is more frequent than they
+are: a small part of the context misleads. The counts are taken from the lists as written, and
+a list in which the answer is not clear by a quarter is drawn again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from qwenlong.errors import InputError
 from qwenlong.evals.haystack import Context, Haystack, header_tokens
@@ -20,10 +21,11 @@ from qwenlong.evals.samples import build, sample_rng
 from qwenlong.types import Document, Sample
 
 COMMON = 10
-COMMON_FACTOR = 10  # how much more often a common word occurs than another
+COMMON_FACTOR = 4  # how much more often a common word occurs than another
 FREQUENT = 3
-POWER = 1.5  # counts fall as rank ** -POWER
+POWER = 1.0  # counts fall as rank ** -POWER
 VOCABULARY = 1_000  # most words besides the common ones
+STRETCH = 0.04  # of the context, in which a word that is not asked for stands
 LIST_TOKENS = 2_000  # of one document
 _GAP = 1.25  # between the last word asked for and the first one not
 _WORD = re.compile(r"\b[a-z]{4,10}\b")
@@ -66,7 +68,13 @@ def frequent_words(haystack: Haystack, *, length: int, count: int, seed: int) ->
 
 
 def _samples(
-    haystack: Haystack, subtype: str, wanted: int, weights, length: int, count: int, seed: int
+    haystack: Haystack,
+    subtype: str,
+    wanted: int,
+    weights: Callable[[int], list[float]],
+    length: int,
+    count: int,
+    seed: int,
 ) -> Iterator[Sample]:
     words = vocabulary(haystack)
     if len(words) < 100:
@@ -74,7 +82,7 @@ def _samples(
     for index in range(count):
         rng = sample_rng(seed, subtype, length, index)
         for _ in range(20):
-            context, top = _lists(haystack, rng, words, weights, length)
+            context, top = _lists(haystack, rng, words, weights, length, wanted)
             ranked = top.most_common(wanted + 1)
             if len(ranked) > wanted and ranked[wanted - 1][1] >= _GAP * ranked[wanted][1]:
                 break
@@ -94,9 +102,17 @@ def _samples(
 
 
 def _lists(
-    haystack: Haystack, rng: random.Random, words: Sequence[str], weights, length: int
+    haystack: Haystack,
+    rng: random.Random,
+    words: Sequence[str],
+    weights: Callable[[int], list[float]],
+    length: int,
+    wanted: int,
 ) -> tuple[Context, Counter[str]]:
-    """Documents of word lists that fill ``length``, and the counts of the words in them."""
+    """Documents of word lists that fill ``length``, and the counts of the words in them.
+
+    The first ``wanted`` words of ``weights`` are spread over the whole.
+    """
     tokens = haystack.tokens
     per_word = tokens(" ".join(words[:VOCABULARY])) / min(len(words), VOCABULARY)
     n_words = int(length / per_word)
@@ -106,12 +122,14 @@ def _lists(
     chosen = rng.sample(list(words), min(len(shares), len(words)))
     shares = shares[: len(chosen)]
     scale = n_words / sum(shares)
-    sequence = [
-        word
-        for word, share in zip(chosen, shares, strict=True)
-        for _ in range(max(1, round(scale * share)))
-    ]
-    rng.shuffle(sequence)
+    places: list[tuple[float, str]] = []
+    for number, (word, share) in enumerate(zip(chosen, shares, strict=True)):
+        start, stretch = rng.random() * (1 - STRETCH), STRETCH
+        if number < wanted:
+            start, stretch = 0.0, 1.0
+        for _ in range(max(1, round(scale * share))):
+            places.append((start + stretch * rng.random(), word))
+    sequence = [word for _, word in sorted(places)]
     documents: list[Document] = []
     counts: Counter[str] = Counter()
     n_tokens, at = 0, 0

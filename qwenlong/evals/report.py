@@ -20,8 +20,7 @@ METHOD = (
     "95 % intervals: Wilson's score interval over questions, at the effective sample size of the "
     "question means"
 )
-_COLOURS = ("#1f5aa6", "#c8553d", "#3a7d44", "#8a5a9e", "#b8860b", "#2b8c8c", "#6b6b6b", "#a83265")
-_MARKS = "osD^vPX*<>"
+_COLOURS = ("#1f5aa6", "#c8553d", "#3a7d44", "#8a5a9e")
 
 
 @dataclass(frozen=True)
@@ -184,69 +183,84 @@ def comparison_markdown(names: tuple[str, str], rows: Sequence[Comparison]) -> s
 
 
 def draw(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Score against length, a line for each task (and run); bars where there is one length."""
+    """Score with its interval: a panel for each task against length, or bars at one length."""
     rows = {name: [row for row in rows if row.kind != ALL] for name, rows in runs.items()}
     lengths = sorted({r.length for group in rows.values() for r in group if r.length is not None})
-    figure = Figure(figsize=(8, 4.8))
-    axes = figure.add_subplot()
-    if len(lengths) > 1:
-        _draw_lines(axes, rows, lengths)
+    draw_figure = _panels if len(lengths) > 1 else _bars
+    figure = draw_figure(rows, lengths)
+    if len(runs) == 1:
+        figure.suptitle(next(iter(runs)), fontsize=10)
     else:
-        _draw_bars(axes, rows)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("score")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_title("\n".join(runs), fontsize=10)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", ncols=len(runs), fontsize=9)
     figure.text(0.01, 0.01, METHOD, fontsize=7, color="#555555")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.03, 1, 0.95))
     with atomic_write(path, "wb") as file:
         figure.savefig(file, format="png", dpi=130)
 
 
-def _draw_lines(axes: Any, runs: Mapping[str, Sequence[Row]], lengths: list[int]) -> None:
-    series: dict[str, list[Row]] = {}
-    for name, rows in runs.items():
-        for row in rows:
-            if row.length is not None:
-                label = row.kind if len(runs) == 1 else f"{row.kind}, {name}"
-                series.setdefault(label, []).append(row)
-    for number, (label, rows) in enumerate(series.items()):
-        # Tasks stand a little apart, so that their intervals can be told from each other.
-        shift = 2 ** (0.06 * (number - (len(series) - 1) / 2))
-        axes.errorbar(
-            [row.length * shift for row in rows],
-            [row.score.mean for row in rows],
-            yerr=_errors(rows),
-            label=label,
-            marker=_MARKS[number % len(_MARKS)],
-            color=_COLOURS[number % len(_COLOURS)],
-            markersize=4.5,
-            linewidth=1.3,
-            capsize=2.5,
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [short_length(length) for length in lengths])
-    axes.minorticks_off()
-    axes.set_xlabel("length of the context, tokens")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+def _panels(runs: Mapping[str, Sequence[Row]], lengths: list[int]) -> Figure:
+    kinds = list(dict.fromkeys(row.kind for rows in runs.values() for row in rows))
+    columns = min(len(kinds), 4 if len(kinds) > 6 else 3)
+    lines = -(-len(kinds) // columns)
+    figure = Figure(figsize=(max(5.5, 3.0 * columns), 0.9 + 2.4 * lines))
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for number, axes in enumerate(panels.flat):
+        if number >= len(kinds):
+            axes.set_visible(False)
+            continue
+        for place, (name, rows) in enumerate(runs.items()):
+            # Runs stand a little apart, so that their intervals can be told from each other.
+            shift = 2 ** (0.12 * (place - (len(runs) - 1) / 2))
+            mine = [r for r in rows if r.kind == kinds[number] and r.length is not None]
+            axes.errorbar(
+                [row.length * shift for row in mine],
+                [row.score.mean for row in mine],
+                yerr=_errors(mine),
+                label=name,
+                marker="os^D"[place % 4],
+                color=_COLOURS[place % len(_COLOURS)],
+                markersize=4.5,
+                linewidth=1.3,
+                capsize=2.5,
+            )
+        axes.set_title(kinds[number], fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [short_length(length) for length in lengths], fontsize=8)
+        axes.minorticks_off()
+        axes.tick_params(labelbottom=number + columns >= len(kinds), labelsize=8)
+        _frame(axes)
+    figure.supxlabel("length of the context, tokens", fontsize=9, y=0.04)
+    figure.supylabel("score", fontsize=9)
+    return figure
 
 
-def _draw_bars(axes: Any, runs: Mapping[str, Sequence[Row]]) -> None:
+def _bars(runs: Mapping[str, Sequence[Row]], lengths: list[int]) -> Figure:
     kinds = sorted({row.kind for rows in runs.values() for row in rows})
+    figure = Figure(figsize=(max(5.5, 1.5 + 0.7 * len(kinds) * len(runs) ** 0.5), 4.4))
+    axes = figure.add_subplot()
     width = 0.8 / len(runs)
-    for number, (name, rows) in enumerate(runs.items()):
+    for place, (name, rows) in enumerate(runs.items()):
         axes.bar(
-            [kinds.index(row.kind) + (number - (len(runs) - 1) / 2) * width for row in rows],
+            [kinds.index(row.kind) + (place - (len(runs) - 1) / 2) * width for row in rows],
             [row.score.mean for row in rows],
             width,
             yerr=_errors(rows),
             label=name,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=_COLOURS[place % len(_COLOURS)],
             capsize=3,
         )
     axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right", fontsize=8)
-    if len(runs) > 1:
-        axes.legend(fontsize=8)
+    axes.set_xlim(-0.7, len(kinds) - 0.3)
+    at = f", contexts of {short_length(lengths[0])} tokens" if lengths else ""
+    axes.set_ylabel(f"score{at}", fontsize=9)
+    _frame(axes)
+    return figure
+
+
+def _frame(axes: Any) -> None:
+    axes.set_ylim(-0.03, 1.03)
+    axes.grid(axis="y", alpha=0.3)
 
 
 def _errors(rows: Sequence[Row]) -> list[list[float]]:

@@ -150,6 +150,16 @@ def test_counts_are_those_of_the_text(samples):
             assert sample.derivation["n_words"] == counts.total()
 
 
+def test_a_small_part_of_the_words_misleads(haystack):
+    for task, most in (("common_words", 0.2), ("frequent_words", 0.7)):
+        shares = []
+        for sample in generate(haystack, tasks=[task], lengths=[40_000], count=3, seed=SEED):
+            words = [word for d in sample.documents for word in d.text.split()]
+            part = Counter(words[: len(words) // 10]).most_common(len(sample.answers))
+            shares.append(len({word for word, _ in part} & set(sample.answers)) / len(part))
+        assert sum(shares) / len(shares) <= most
+
+
 def test_chains_are_solved_by_hand(samples):
     sample = next(s for s in samples if s.subtype == "variable_tracking")
     values = {}
