@@ -35,7 +35,7 @@ from qwenlong.memory_agent import (
     TextSource,
     run_agents,
 )
-from qwenlong.memory_agent.trace import TraceFile
+from qwenlong.memory_agent.trace import TraceFile, refuse_run
 from qwenlong.storage import atomic_write, write_json
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ class AskSettings:
 # --- what is needed --------------------------------------------------------------
 
 
-def open_text(inputs: tuple[str, ...], out: Path) -> TextSource:
+def open_text(inputs: tuple[str, ...], out: Path, *, resume: bool = False) -> TextSource:
     """The documents as one text. Files stay where they are; standard input and files that must be
     converted (PDF, HTML) are kept as text in ``out``.
     """
@@ -91,7 +91,9 @@ def open_text(inputs: tuple[str, ...], out: Path) -> TextSource:
         path = Path(name)
         kind = _CONVERTED.get(path.suffix.lower())
         if name == "-":
-            documents.append(("standard input", _from_stdin(out / "input" / f"{number}.txt")))
+            documents.append(
+                ("standard input", _from_stdin(out / "input" / f"{number}.txt", resume))
+            )
         elif path.is_dir():
             raise InputError(f"{path} is a folder; give its files, one --input each.")
         elif kind and path.is_file():
@@ -102,8 +104,8 @@ def open_text(inputs: tuple[str, ...], out: Path) -> TextSource:
     return TextSource.from_documents(documents, documents[0][0])
 
 
-def _from_stdin(path: Path) -> Path:
-    if not path.exists():  # a resumed run has it
+def _from_stdin(path: Path, resume: bool) -> Path:
+    if not (resume and path.exists()):
         with atomic_write(path, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
     return path
@@ -186,7 +188,9 @@ def run_ask(
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; --out takes a folder.")
-    source = open_text(settings.inputs, out)
+    if not resume:
+        refuse_run(out / "trace.jsonl")  # before anything is written over
+    source = open_text(settings.inputs, out, resume=resume)
     tokenizer = open_tokenizer(settings, console)
     names = [f"q{i}" for i in range(1, len(settings.questions) + 1)]
     job = {
@@ -202,10 +206,10 @@ def run_ask(
         for name, question in zip(names, settings.questions, strict=True)
     ]
     go_on = "the same command with --resume goes on from there"
-    with TraceFile(out / "trace.jsonl", job, resume=resume) as trace:
-        client = open_client(settings, tokenizer, out / "calls")
+    client = open_client(settings, tokenizer, out / "calls")
+    with client, TraceFile(out / "trace.jsonl", job, resume=resume) as trace:
         try:
-            with client, _progress(console, tasks, trace) as on_step:
+            with _progress(console, tasks, trace) as on_step:
                 results = asyncio.run(
                     _answer(client, tokenizer, tasks, settings.config, trace, on_step)
                 )

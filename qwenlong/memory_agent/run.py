@@ -117,9 +117,11 @@ async def run_agent(
     elif not isinstance(source, TextSource):
         source = TextSource.from_documents([("", text) for text in source])
     task = AgentTask("", question, source, instructions, sample_index)
-    stream = _stream(source, tokenizer, config or AgentConfig(), steps)
-    runner = _Runner(client, tokenizer, config or AgentConfig(), record_turns)
-    return await runner.run(task, stream, steps, lambda _, step: on_step and on_step(step))
+    config = config or AgentConfig()
+    runner = _Runner(client, tokenizer, config, record_turns)
+    return await runner.run(
+        task, _stream(source, tokenizer, config), steps, lambda _, step: on_step and on_step(step)
+    )
 
 
 async def run_agents(
@@ -161,7 +163,7 @@ async def run_agents(
             while len(pending) < limit and (task := next(waiting, None)) is not None:
                 done_before = known.get(task.id, ())
                 entry = streams.setdefault(
-                    task.source, [_stream(task.source, tokenizer, config, done_before), 0]
+                    task.source, [_stream(task.source, tokenizer, config), 0]
                 )
                 entry[1] += 1
                 started = runner.run(task, entry[0], done_before, on_step or (lambda *_: None))
@@ -184,16 +186,8 @@ async def run_agents(
         await asyncio.gather(*pending, return_exceptions=True)
 
 
-def _stream(
-    source: TextSource, tokenizer: Any, config: AgentConfig, steps: Sequence[Step]
-) -> ChunkStream:
-    return ChunkStream(
-        source,
-        tokenizer,
-        config.chunk_tokens,
-        snap=config.snap,
-        known_ends=[step.end for step in steps if step.kind == "read"],
-    )
+def _stream(source: TextSource, tokenizer: Any, config: AgentConfig) -> ChunkStream:
+    return ChunkStream(source, tokenizer, config.chunk_tokens, snap=config.snap)
 
 
 class _Runner:
@@ -216,6 +210,7 @@ class _Runner:
             sample_index=task.sample_index,
         )
         steps, turns = list(before), []
+        stream.know([step.end for step in before if step.kind == "read"])
         for step in before:
             agent.replay(step)
         while agent.phase != "done":

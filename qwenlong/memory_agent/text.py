@@ -268,7 +268,6 @@ class ChunkStream:
         chunk_tokens: the most tokens of a chunk, at least 16.
         snap: the share of a chunk that may be given up so that it ends with a sentence, in
             ``[0, 0.5]``.
-        known_ends: byte ends of the first chunks, from an earlier run over the same text.
         keep: chunks held in memory; others are read again when a slower reader needs them.
     """
 
@@ -279,7 +278,6 @@ class ChunkStream:
         chunk_tokens: int,
         *,
         snap: float = 0.125,
-        known_ends: Sequence[int] = (),
         keep: int = 4,
     ):
         if chunk_tokens < 16:
@@ -288,11 +286,17 @@ class ChunkStream:
             raise ValueError(f"ChunkStream: snap is {snap}; it must be in [0, 0.5]")
         self.source, self.tokenizer = source, tokenizer
         self._chunk_tokens, self._snap_tokens = chunk_tokens, int(snap * chunk_tokens)
-        self._ends = list(known_ends)
+        self._ends: list[int] = []  # bytes
         self._counts: dict[int, int] = {}  # tokens of a chunk, where they are known
         self._keep = max(keep, 2)
         self._lock = threading.Lock()
         self._pending: OrderedDict[int, asyncio.Future[Chunk | None]] = OrderedDict()
+
+    def know(self, ends: Sequence[int]) -> None:
+        """Take the byte ends of the first chunks from an earlier run over the same text."""
+        with self._lock:
+            if len(ends) > len(self._ends):
+                self._ends = list(ends)
 
     def get(self, index: int) -> Chunk | None:
         """Chunk ``index``, or None behind the last."""

@@ -22,10 +22,10 @@ class TraceFile:
     Args:
         path: the file.
         job: plain JSON that identifies the run: text, questions, config, model.
-        resume: go on with the steps that are there; without it the file must not exist.
+        resume: go on with the steps that are there; without it there must be none.
 
     Raises:
-        InputError: the file exists and ``resume`` is False, or it belongs to another job.
+        InputError: there are steps and ``resume`` is False, or they belong to another job.
     """
 
     def __init__(self, path: str | Path, job: Mapping[str, Any], *, resume: bool):
@@ -33,7 +33,7 @@ class TraceFile:
         self.steps: dict[str, list[Step]] = {}
         rows = _rows(path)
         if rows and not resume:
-            raise InputError(f"{path} holds a run; use --resume to go on, or another --out.")
+            refuse_run(path)
         head = {"schema": SCHEMA, **job}
         if rows:
             _check_same(path, rows[0], head)
@@ -41,6 +41,8 @@ class TraceFile:
                 question = row.pop("question")
                 row.pop("seconds", None)
                 self.steps.setdefault(question, []).append(Step.from_json(row))
+        if not rows:
+            path.unlink(missing_ok=True)
         self._file = JsonlAppender(path)
         if not rows:
             self._file.append(head)
@@ -60,17 +62,23 @@ class TraceFile:
         self.close()
 
 
+def refuse_run(path: str | Path) -> None:
+    """Raise ``InputError`` if the file holds steps."""
+    if _rows(Path(path)):
+        raise InputError(f"{path} holds a run; use --resume to go on, or another --out.")
+
+
 def _rows(path: Path) -> list[dict]:
+    """The rows of a run; none where nothing was answered, so that it can begin differently."""
     if not path.exists() or not os.path.getsize(path):
         return []
     try:
         rows = list(read_jsonl(path))
     except ValueError as error:
         raise InputError(f"{error}; the trace is damaged, use another --out.") from error
-    # The first row is torn: nothing had been asked.
     if rows and "schema" not in rows[0]:
         raise InputError(f"{path} is no trace of an agent; use another --out.")
-    return rows
+    return rows if len(rows) > 1 else []
 
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

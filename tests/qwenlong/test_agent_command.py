@@ -347,8 +347,10 @@ def test_html_is_read_as_text_and_stdin_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Stdin)
     first = open_text(("-",), tmp_path / "out2")
-    again = open_text(("-",), tmp_path / "out2")  # the stream is at its end
+    again = open_text(("-",), tmp_path / "out2", resume=True)  # the stream is at its end
     assert first.read(0, 1000) == again.read(0, 1000) == page.read_bytes()
+    with pytest.raises(InputError, match="is empty"):  # without resume the stream is what counts
+        open_text(("-",), tmp_path / "out2")
     Stdin.buffer.close()
 
 
@@ -401,13 +403,23 @@ def test_a_damaged_trace_is_refused(tmp_path):
     path.write_text('{"schema": 1}\nnot json\n')
     with pytest.raises(InputError, match="damaged"):
         TraceFile(path, {}, resume=True)
-    path.write_text('{"a": 1}\n')
+    path.write_text('{"a": 1}\n{"b": 2}\n')
     with pytest.raises(InputError, match="no trace of an agent"):
         TraceFile(path, {}, resume=True)
     path.write_text('{"sche')  # torn before anything was asked
     with TraceFile(path, {"text": "t"}, resume=True) as trace:
         assert trace.steps == {}
     assert list(read_jsonl(path)) == [{"schema": 1, "text": "t"}]
+
+
+def test_a_run_without_an_answer_can_begin_differently(document, reading, quick, capsys):
+    """A wrong model name, say: nothing was answered, so nothing is refused or kept."""
+    out = document.parent / "run"
+    with serve([REFUSED]) as (_, url):
+        assert run(document, url, out=out) == 2
+    with serve() as (_, url):
+        assert run(document, url, "--chunk-tokens", "300", out=out) == 0
+    assert next(read_jsonl(out / "trace.jsonl"))["config"]["chunk_tokens"] == 300
 
 
 # --- picture ---------------------------------------------------------------------

@@ -152,7 +152,9 @@ def test_any_order_of_reading_and_known_ends_give_the_same_chunks():
     random.Random(0).shuffle(order)
     stream = ChunkStream(source, WORDS, 64)
     assert all(stream.get(i) == chunks[i] for i in order)
-    stream = ChunkStream(source, WORDS, 64, known_ends=[c.end for c in chunks[:20]])
+    stream = ChunkStream(source, WORDS, 64)
+    stream.know([c.end for c in chunks[:20]])
+    stream.know([c.end for c in chunks[:3]])  # knows more already
     assert stream.get(20) == chunks[20] and stream.get(3) == chunks[3]
     assert stream.get(len(chunks)) is None
 
