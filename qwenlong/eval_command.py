@@ -279,11 +279,11 @@ def _open_client(
         from qwenlong.llm import ChatClient
 
         return ChatClient(base_url, model=model, api_key=os.environ.get(api_key_env), **options)
-    from qwenlong.llm import EmbeddedClient
+    from qwenlong.evals.engine import BatchedClient
     from qwenlong.models import load_causal_lm, load_tokenizer
 
     loaded = load_causal_lm(model, device=device, dtype=dtype)
-    return EmbeddedClient(
+    return BatchedClient(
         loaded.model, load_tokenizer(model), name=model, batch_size=concurrency, **options
     )
 
