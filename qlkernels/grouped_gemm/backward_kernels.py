@@ -59,7 +59,7 @@ def swiglu_backward_columns(
             tl.store(dh_ptr + at + I, dup.to(dh_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles", "total"])
 def swiglu_backward_kernel(
     x, w, h_ptr, dh_ptr, a_ptr, partial_ptr, weights_ptr, order_ptr, tiles_ptr, n_tiles_ptr,
     stride_xt, stride_hm, stride_am, max_tiles, total, H, I,  # noqa: E741
@@ -166,7 +166,7 @@ def weight_gradient_kernel(
         tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def sum_shares_kernel(
     partial_ptr, inverse_ptr, ids_ptr, out_ptr, total, n_parts, E, BLOCK: tl.constexpr
 ):  # fmt: skip

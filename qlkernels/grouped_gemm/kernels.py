@@ -27,7 +27,7 @@ def lower_bound(order_ptr, first, last, slot, steps):
     return first
 
 
-@triton.jit(do_not_specialize=["first_slot", "last_slot", "steps"])
+@triton.jit(do_not_specialize=["first_slot", "last_slot", "steps", "max_tiles"])
 def tile_map_kernel(
     offsets_ptr, order_ptr, tiles_ptr, n_tiles_ptr, shift_ptr,
     first_slot, last_slot, steps, max_tiles, E,
@@ -105,6 +105,21 @@ def store_columns(
 
 
 @triton.jit
+def store_gate_up(
+    gate, up, a_ptr, h_ptr, sorted_row, local_row, mask_m, stride_am, stride_hm, column, I,  # noqa: E741
+    STORE_A: tl.constexpr, STORE_H: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The columns from ``column`` on of h, both halves of it, and of a."""
+    if STORE_H:
+        at = sorted_row.to(tl.int64)
+        store_columns(gate, h_ptr, at, mask_m, stride_hm, column, I, BLOCK_N)
+        store_columns(up, h_ptr + I, at, mask_m, stride_hm, column, I, BLOCK_N)
+    if STORE_A:
+        a = gate * tl.sigmoid(gate) * up
+        store_columns(a, a_ptr, local_row.to(tl.int64), mask_m, stride_am, column, I, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["max_tiles"])
 def gate_up_kernel(
     x, w, a_ptr, h_ptr, order_ptr, tiles_ptr, n_tiles_ptr,
     stride_xt, stride_am, stride_hm, max_tiles, H, I,  # noqa: E741
@@ -150,18 +165,22 @@ def gate_up_kernel(
                 b = b.to(tl.float32)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
-        if STORE_H:
-            at = h_ptr + (row + offs_m).to(tl.int64)[:, None] * stride_hm + row_b[None, :]
-            mask = mask_m[:, None] & (column_b < I)[None, :]
-            tl.store(at, acc.to(h_ptr.dtype.element_ty), mask=mask)
-        if STORE_A:
-            gate, up = two_halves(acc, BLOCK_M, BLOCK_N)
-            value = gate * tl.sigmoid(gate) * up
-            offs_row = (local + offs_m).to(tl.int64)
-            store_columns(value, a_ptr, offs_row, mask_m, stride_am, column, I, BLOCK_N)
+        # in two parts: fewer registers, and half of the shared memory to reorder a part
+        half: tl.constexpr = BLOCK_N // 2
+        gate, up = two_halves(acc, BLOCK_M, BLOCK_N)
+        gate_left, gate_right = two_halves(gate, BLOCK_M, half)
+        up_left, up_right = two_halves(up, BLOCK_M, half)
+        store_gate_up(
+            gate_left, up_left, a_ptr, h_ptr, row + offs_m, local + offs_m, mask_m, stride_am,
+            stride_hm, column, I, STORE_A, STORE_H, half,
+        )  # fmt: skip
+        store_gate_up(
+            gate_right, up_right, a_ptr, h_ptr, row + offs_m, local + offs_m, mask_m, stride_am,
+            stride_hm, column + half, I, STORE_A, STORE_H, half,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def gather_kernel(
     x_ptr, out_ptr, order_ptr, tiles_ptr, n_tiles_ptr, stride_xt, stride_om, max_tiles, H,
     TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -181,7 +200,7 @@ def gather_kernel(
             tl.store(target + offs_h, tl.load(source + offs_h, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def product_kernel(
     x, w, out_ptr, tiles_ptr, n_tiles_ptr, stride_xm, stride_om, max_tiles, N, K,
     FROM_WORKSPACE: tl.constexpr, IS_TRANSPOSED: tl.constexpr,

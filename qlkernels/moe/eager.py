@@ -22,13 +22,15 @@ def _sorted_rows(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]
     return order, counts[:E].cumsum(0).to(torch.int32)
 
 
-def _has_grouped_mm(x: torch.Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+def _has_grouped_mm(x: torch.Tensor, *sizes: int) -> bool:
+    """Whether torch's grouped product takes them: it wants rows that start on 16 bytes."""
+    is_right = x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+    return is_right and all(size % 8 == 0 for size in sizes)
 
 
 def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """x_e w_e of every expert, w ``[E, K, N]`` (any strides). Rows past the last end are 0."""
-    if _has_grouped_mm(x):
+    if _has_grouped_mm(x, *w.shape[1:]):
         live = torch.arange(x.shape[0], device=x.device) < ends[-1]
         return torch.where(live[:, None], F.grouped_mm(x, w, offs=ends), 0.0)
     out = x.new_zeros(x.shape[0], w.shape[2])
@@ -44,7 +46,7 @@ def _add_weight_gradient(
     left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor, out: torch.Tensor
 ) -> None:
     """out[e] += left_e^T right_e."""
-    if _has_grouped_mm(left):
+    if _has_grouped_mm(left, left.shape[1], right.shape[1]):
         found = F.grouped_mm(left.t(), right, offs=ends)
         empty = ends.diff(prepend=ends.new_zeros(1)) == 0
         out += torch.where(empty[:, None, None], 0.0, found)
