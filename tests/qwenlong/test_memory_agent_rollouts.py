@@ -11,6 +11,7 @@ from qwenlong import prompts
 from qwenlong.advantages import group_advantages
 from qwenlong.llm import Completion, EmbeddedClient, ScriptedClient
 from qwenlong.memory_agent import AgentConfig, TextSource, chat_ids, run_agent
+from qwenlong.policy import loss_totals, pack_trajectories, token_weights
 from qwenlong.rewards import score_many
 from qwenlong.rollout import EmbeddedRollouts
 from qwenlong.rollout.agent import AgentRollouts, trajectory_of
@@ -154,16 +155,19 @@ def test_the_reward_of_the_answer_is_the_advantage_of_every_turn(tokenizer, samp
     torch.testing.assert_close(
         advantages, torch.tensor([0.5, -0.5] * 2) * 2**0.5, rtol=1e-5, atol=0
     )
-    # Spread per trajectory, not per turn: the mean over turns of a group need not be 0.
-    per_turn = [
-        (t.group_id, a) for t, a in zip(found, advantages.tolist(), strict=True) for _ in t.turns
-    ]
-    assert len(per_turn) == sum(len(t.turns) for t in found)
-    tokens = {
-        g: sum(len(u.response_ids) for t in found if t.group_id == g for u in t.turns)
-        for g in by_id
-    }
-    assert tokens["long"] > tokens["short"] > 0
+    # Every turn is trained on once, as an answer of its trajectory, and a token weighs one over
+    # the generated tokens of its group, all turns, and over the groups.
+    batches = pack_trajectories(found, [True] * 4, max_tokens=100_000)
+    packed = [turn for batch in batches for turn in batch.turns]
+    assert sorted(packed) == [(i, j) for i, t in enumerate(found) for j in range(len(t.turns))]
+    assert all(b.trajectory_of.tolist() == [i for i, _ in b.turns] for b in batches)
+    counted = torch.ones(4, dtype=torch.bool)
+    totals = loss_totals(found, counted)
+    weights = token_weights(found, counted, "group-token-mean", totals)
+    lengths = [sum(len(turn.response_ids) for turn in t.turns) for t in found]
+    sizes = [lengths[0] + lengths[1]] * 2 + [lengths[2] + lengths[3]] * 2
+    assert sizes[0] > sizes[2] > 0
+    torch.testing.assert_close(weights, torch.tensor([1 / (2 * n) for n in sizes]).double())
 
 
 def test_chunk_first_shares_the_section_within_a_group(tokenizer, samples):
