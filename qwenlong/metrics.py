@@ -47,7 +47,7 @@ class MetricsLog:
         if tensorboard:
             _summary_writer()  # a missing package is known before the first step, not after it
         self._file = JsonlAppender(self.path)
-        self._last_step = max((row["step"] for row in read_jsonl(self.path)), default=-1)
+        self._last_step = max((row["step"] for row in read_metrics(self.path)), default=-1)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the row of ``step``: numbers, booleans, strings or None; a tensor of one element is

@@ -77,10 +77,12 @@ def run_demo(
         folder = base if when == "before" else run_stage(recipe, out, resume=True, console=console)
         for temperature in temperatures:
             path = out / "held-out" / f"{when}-t{temperature:g}.jsonl"
-            if not path.exists():
+            found = list(read_jsonl(path)) if path.exists() else []
+            if [row["sample_id"] for row in found] != [sample.id for sample in samples]:
                 console.print(f"{len(samples)} held-out questions, {when} the training ...")
-                write_jsonl(path, ask(folder, samples, recipe, temperature))
-            rows[when, temperature] = list(read_jsonl(path))
+                found = ask(folder, samples, recipe, temperature)
+                write_jsonl(path, found)
+            rows[when, temperature] = found
     result = {
         "recipe": recipe.name,
         "seed": recipe.seed,

@@ -269,7 +269,10 @@ class VllmRollouts:
                     f"{self._root}: the server was started again and has its first weights; go on "
                     "from the last checkpoint"
                 )
-            self._send(self._file, self._version)
+            # A new name: other ranks must not take answers from before it for the policy's.
+            version = f"{self._version}-again"
+            self._send(self._file, version)
+            self._version, self._is_processed = version, None
 
     def _server_version(self) -> str | None:
         return self._ask("GET", "/weight_info").get("weight_version")

@@ -175,9 +175,12 @@ def test_weights_in_another_dtype(server, tmp_path):
 
 def test_a_restarted_server_gets_the_weights_again(server, rollouts):
     rollouts.sync_weights(Policy(0.25), 1)
+    before = server.version
     server.restart()
     assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.25)
     assert server.paths().count("/update_weights") == 2
+    # Not the old name: a rank that knows only that one must see that something happened.
+    assert server.version != before
 
 
 def test_answers_across_a_restart_are_thrown_away(server, rollouts):
@@ -185,7 +188,7 @@ def test_answers_across_a_restart_are_thrown_away(server, rollouts):
     rollouts.generate([[5]], **OPTIONS)  # the question about log-probs is behind us
     server.faults["/v1/completions"] = ["ok", "ok", "restart"]
     assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.25)
-    server.faults["/v1/completions"] = ["restart", "ok", "ok", "ok", "ok", "ok"] * 3
+    server.faults["/v1/completions"] = ["restart"] * 100
     with pytest.raises(ServerUnavailable, match="lost the policy's weights 3 times"):
         rollouts.generate(PROMPTS, **OPTIONS)
 
