@@ -282,10 +282,11 @@ def _open_client(
     from qwenlong.evals.engine import BatchedClient
     from qwenlong.models import load_causal_lm, load_tokenizer
 
-    loaded = load_causal_lm(model, device=device, dtype=dtype)
-    return BatchedClient(
-        loaded.model, load_tokenizer(model), name=model, batch_size=concurrency, **options
-    )
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer in {model} has no chat template; take an instruct model")
+    network = load_causal_lm(model, device=device, dtype=dtype).model
+    return BatchedClient(network, tokenizer, name=model, batch_size=concurrency, **options)
 
 
 @contextlib.contextmanager

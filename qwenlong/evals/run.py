@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -172,8 +172,7 @@ def ask(
             tick()
 
         if settings.mode == "agent":
-            with tempfile.TemporaryDirectory(dir=out, prefix=".texts-") as folder:
-                contexts = _Contexts(Path(folder), texts)
+            with _Contexts(out / ".contexts", texts) as contexts:
                 asyncio.run(
                     _ask_agents(out, client, settings, contexts, open_questions(), keep, step_tick)
                 )
@@ -285,6 +284,13 @@ class _Contexts:
         self._open: dict[str, tuple[TextSource, Path]] = {}
         self._readers: Counter[str] = Counter()
 
+    def __enter__(self) -> _Contexts:
+        self._folder.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        shutil.rmtree(self._folder)
+
     def source(self, sample: Sample) -> TextSource:
         """The context of ``sample`` as its full-context prompt shows it, for one more reader."""
         if sample.id not in self._open:
@@ -292,7 +298,8 @@ class _Contexts:
             with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
                 blocks = prompts.document_blocks(prompts.view(sample).documents, self._texts)
                 for number, block in enumerate(blocks):
-                    file.write(block if number == 0 else prompts.DOCUMENT_GAP + block)
+                    gap = prompts.DOCUMENT_GAP if number else ""
+                    file.write(gap + block.replace("\0", ""))  # a text file holds no zero bytes
             source = TextSource.from_documents([("", path)], name=sample.id)
             self._open[sample.id] = (source, path)
         self._readers[sample.id] += 1
@@ -379,7 +386,8 @@ def agent_tokenizer(name: str) -> Any:
 def score_run(data: str | Path, out: str | Path, *, judge: Judge | None = None) -> list[EvalResult]:
     """Score the responses of the run ``out``; writes ``results.jsonl`` in the order of the set.
 
-    A refused question scores 0. A response that a failed judge left open has ``judge`` set to
+    A refused question scores 0. ``trace`` of an agent's result names its rows in ``steps.jsonl`` by
+    their ``question``. A response that a failed judge left open has ``judge`` set to
     ``"error"`` and keeps the rule's score.
     """
     out = Path(out)
@@ -394,7 +402,7 @@ def score_run(data: str | Path, out: str | Path, *, judge: Judge | None = None) 
     if not pairs:
         raise InputError(f"{out} holds no response to a question of {data}")
     scores = score_many([(sample, row["response"]) for sample, row in pairs], judge=judge)
-    results = []
+    results, is_agent = [], described["mode"] == "agent"
     for (sample, row), score in zip(pairs, scores, strict=True):
         extra = sample.model_extra or {}
         results.append(
@@ -408,6 +416,7 @@ def score_run(data: str | Path, out: str | Path, *, judge: Judge | None = None) 
                 scorer=score.scorer,
                 tokens=row["tokens"],
                 truncated=row["truncated"],
+                trace=f"steps.jsonl#{sample.id}#{row['index']}" if is_agent else None,
                 judge=score.source,
                 refused=row["refused"],
                 kind=sample.subtype or sample.task,

@@ -171,6 +171,17 @@ class DistractorCopier(PerfectReader):
             return UNKNOWN
 
 
+class Lister(PerfectReader):
+    """Answers with every code and variable of the context."""
+
+    class solver(Solver):  # noqa: N801  (takes the place of an attribute)
+        def answer(self) -> str:
+            self._read(self.carry)
+            if self.kind == "codes":
+                return said(", ".join(v for values in self.found.values() for v in values))
+            return said(", ".join(self.found)) if self.kind == "variables" else UNKNOWN
+
+
 class EndlessCopier(PerfectReader):
     """Answers with everything it was shown."""
 

@@ -95,6 +95,31 @@ def test_a_reader_that_knows_gets_everything_right(data, tmp_path, monkeypatch, 
         assert all(row["tokens"]["calls"] > 2 for row in read_jsonl(out / "results.jsonl"))
 
 
+@pytest.mark.parametrize("mode", ["full", "agent"])
+def test_a_model_in_this_process(tmp_path, mode, capsys):
+    from qwenlong.models import load_tokenizer
+    from tests.qwenlong.tiny_models import save_tiny_model
+
+    folder = save_tiny_model(tmp_path / "tiny", max_position_embeddings=4096)
+    made = ["make", "--out", tmp_path / "data", "--tokenizer", folder, "--lengths", 2000]
+    assert run(*made, "--count", 2) == 0
+    options = ["--model", folder, "--max-tokens", 4, "--mode", mode, "--window", 1500]
+    options += ["--chunk-tokens", 900, "--memory-tokens", 8, "--plan-tokens", 4, "--repairs", 0]
+    asked = ["run", tmp_path / "data", "--out", tmp_path / "run", *options, "--device", "cpu"]
+    assert run(*asked) == 2
+    assert "no chat template" in capsys.readouterr().err
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    assert run(*asked) == 0
+    rows = list(read_jsonl(tmp_path / "run" / "results.jsonl"))
+    assert len(rows) == 2 and all(row["truncated"] == (mode == "full") for row in rows)
+    calls = 1 if mode == "full" else 4  # three chunks and the answer
+    assert [row["tokens"]["calls"] for row in rows] == [calls, calls]
+    if mode == "full":
+        assert all(1300 < row["tokens"]["prompt"] <= 1500 for row in rows)
+
+
 def test_two_runs_are_compared(data, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_command, "_open_client", lambda *args: PerfectReader([]))
     options = ["--model", "m", "--tokenizer", "chars4"]

@@ -21,6 +21,7 @@ from tests.qwenlong.evals.readers import (
     DistractorCopier,
     EndlessCopier,
     ForgetfulReader,
+    Lister,
     PerfectReader,
     said,
 )
@@ -59,6 +60,12 @@ def test_the_perfect_reader_answers_every_task(data, tmp_path, samples, settings
     assert len(results) == len(samples)
     assert [(r.sample_id, r.score) for r in results if r.score < 1] == []
     assert all(r.mode == settings.mode and r.extracted and not r.truncated for r in results)
+    assert not (tmp_path / ".contexts").exists()
+    if settings.mode == "agent":
+        steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").open(encoding="utf-8")]
+        for result in results:
+            mine = [s for s in steps if f"steps.jsonl#{s['question']}" == result.trace]
+            assert len(mine) == result.tokens["calls"] > 6 and mine[-1]["kind"] == "answer"
 
 
 def test_the_forgetful_reader_fails_in_the_agent_alone(data, tmp_path, samples):
@@ -71,6 +78,11 @@ def test_the_forgetful_reader_fails_in_the_agent_alone(data, tmp_path, samples):
 def test_the_distractor_copier_scores_nothing(data, tmp_path, samples):
     results = run(data, tmp_path, DistractorCopier(samples))
     assert mean(results, *CODES, "variable_tracking") == 0
+
+
+def test_listing_everything_is_not_punished(data, tmp_path, samples):
+    """The share of the wanted strings that are named, as RULER counts it: recall alone."""
+    assert mean(run(data, tmp_path, Lister(samples)), *CODES, "variable_tracking") == 1
 
 
 def test_copying_the_prompt_earns_what_stands_at_its_end_alone(data, tmp_path, samples):
