@@ -9,17 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from qlkernels.moe_routing import build_expert_index
+
 Chunks = list[tuple[int, int]]
-
-
-def _sorted_rows(ids: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stable order of the slots by expert, those of no expert last, and where each expert ends."""
-    flat = ids.reshape(-1).long()
-    expert = torch.where((flat >= 0) & (flat < E), flat, E)
-    order = expert.sort(stable=True).indices
-    counts = torch.zeros(E + 1, dtype=torch.int64, device=ids.device)
-    counts.scatter_add_(0, expert, torch.ones_like(expert))
-    return order, counts[:E].cumsum(0).to(torch.int32)
 
 
 def _has_grouped_mm(x: torch.Tensor, *sizes: int) -> bool:
@@ -58,13 +50,6 @@ def _add_weight_gradient(
         begin = end
 
 
-def _back_in_order(rows: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Sorted rows ``[T * top_k, ...]`` to ``[T, top_k, ...]``."""
-    out = torch.empty_like(rows)
-    out[order] = rows
-    return out.view(-1, top_k, *rows.shape[1:])
-
-
 def _activation(h: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up in fp32."""
     gate, up = h.float().chunk(2, dim=1)
@@ -87,12 +72,14 @@ def forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = x.new_empty(ids.numel() if save_h else 0, two_i)
     for first, last in chunks:
-        order, ends = _sorted_rows(ids[first:last], E)
-        h = _grouped(x[first:last][order // top_k], w_gate_up.transpose(1, 2), ends)
+        index = build_expert_index(ids[first:last], E)
+        ends, back = index.expert_offsets[1:], index.inverse_order.long()
+        token = index.sort_order.long() // top_k
+        h = _grouped(x[first:last][token], w_gate_up.transpose(1, 2), ends)
         if save_h:
             saved[first * top_k : last * top_k] = h
         y = _grouped(_activation(h).to(x.dtype), w_down.transpose(1, 2), ends)
-        y = _back_in_order(y, order, top_k).float()  # [tokens, top_k, H]
+        y = y[back].unflatten(0, (-1, top_k)).float()  # [tokens, top_k, H]
         live = (ids[first:last] >= 0) & (ids[first:last] < E)
         total = (y * torch.where(live, weights[first:last], 0.0)[..., None]).sum(1)
         if residual is not None:
@@ -126,7 +113,9 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
     dweights = torch.empty_like(weights)
     for first, last in chunks:
-        order, ends = _sorted_rows(ids[first:last], E)
+        index = build_expert_index(ids[first:last], E)
+        ends, back = index.expert_offsets[1:], index.inverse_order.long()
+        order = index.sort_order.long()
         token = order // top_k
         if h.numel():
             h_c = h[first * top_k : last * top_k]
@@ -137,7 +126,7 @@ def backward(
         gate, up = h_c.float().chunk(2, dim=1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
-        dweights[first:last] = _back_in_order((g * (silu * up)).sum(1), order, top_k)
+        dweights[first:last] = (g * (silu * up)).sum(1)[back].unflatten(0, (-1, top_k))
         weight = weights[first:last].reshape(-1)[order][:, None]
         live = torch.arange(len(order), device=x.device) < ends[-1]
         weight = torch.where(live[:, None], weight, 0.0)
@@ -151,7 +140,7 @@ def backward(
             _add_weight_gradient(dh, x[first:last][token], ends, dw_gate_up)
         if dx is not None:
             rows = _grouped(dh, w_gate_up, ends)
-            dx[first:last] = _back_in_order(rows, order, top_k).float().sum(1)
+            dx[first:last] = rows[back].unflatten(0, (-1, top_k)).float().sum(1)
     made = (
         None if buffer is not None or dw is None else dw.to(x.dtype)
         for dw, buffer in zip((dw_gate_up, dw_down), buffers, strict=True)

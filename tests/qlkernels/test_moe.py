@@ -82,7 +82,7 @@ def check(inputs, upstream, **options):
 SHAPES = {  # T, H, I, E, top_k
     "one": (1, 8, 8, 2, 1),
     "tiles": (20, 32, 32, 3, 2),
-    "ragged": (19, 24, 20, 5, 3),
+    "ragged": (13, 24, 20, 5, 3),
 }
 
 
@@ -102,7 +102,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("ids", ["random", "one", "zipf", "outside"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("options", [{}, dict(chunk_tokens=7), dict(recompute=True)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(chunk_tokens=1), dict(recompute=True)], ids=str)
 def test_torch_matches_the_reference(shape, ids, options):
     check(*make(*SHAPES[shape], ids=ids), impl="torch", **options)
 
@@ -128,7 +128,7 @@ def test_triton_matches_the_reference(shape, ids):
     check(*make(*SHAPES[shape], ids=ids), impl="triton")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def saved():
     """One run that the laws below compare with."""
     inputs, upstream = make(*SHAPES["ragged"], ids="outside")
@@ -146,7 +146,7 @@ def test_two_runs_and_recomputing_have_the_same_bits(saved):
     same_bits(run(inputs, upstream, impl="triton", recompute=True), want)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 8])
+@pytest.mark.parametrize("chunk_tokens", [3, 8])
 def test_the_chunk_size_changes_no_bit(saved, chunk_tokens):
     inputs, upstream, want = saved
     same_bits(run(inputs, upstream, impl="triton", chunk_tokens=chunk_tokens), want)
