@@ -333,21 +333,41 @@ def sweep(
         times = repeats if T < LONG else 1
         for name, scorer in scorers.items() if "resident" in cases else ():
             with _fits(session, f"ours-{name} at T={T}"):
-                call = _warm(lambda s=scorer, x=ids: s.score(x), T)
-                measured = measure(call, scorer, session.device, times)
+                _warm(scorer, ids)
+                measured = measure(
+                    lambda s=scorer, x=ids: s.score(x), scorer, session.device, times
+                )
                 session.add("resident", f"ours-{name}", measured, shape, flops, moved)
         if "transformers" in cases:
             with _fits(session, f"{PEER} at T={T}"):
-                call = _warm(lambda x=ids: peer_scores(model, x), T)
-                measured = measure(call, None, session.device, times)
+                _warm_peer(model, ids)
+                measured = measure(lambda x=ids: peer_scores(model, x), None, session.device, times)
                 session.add("resident", PEER, measured, shape, flops, moved)
 
 
-def _warm(call: Callable[[], object], T: int) -> Callable[[], object]:
-    """Plans and kernels are made outside the timed region; a long pass hides them."""
-    if T < LONG:
-        call()
-    return call
+class _Enough(Exception):
+    """Stops a pass that only makes kernels and plans."""
+
+
+def _stop(_done: int, _layers: int) -> None:
+    raise _Enough
+
+
+def _warm(scorer: Scorer, inputs: torch.Tensor | PackedGroups) -> None:
+    """The first layers of a pass, so that kernels and plans of its shapes are not timed."""
+    with contextlib.suppress(_Enough):
+        scorer.score(inputs, on_layer=_stop)
+    scorer.score(random_ids(64, scorer.decoder.V, str(scorer.device)))  # the head
+
+
+def _warm_peer(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    """One layer of transformers' own forward."""
+    layers = model.config.num_hidden_layers
+    model.config.num_hidden_layers = 1
+    try:
+        peer_scores(model, ids)
+    finally:
+        model.config.num_hidden_layers = layers
 
 
 @contextlib.contextmanager
@@ -393,15 +413,18 @@ def group(
     for name in attention:
         scorer = Scorer(model, attention=name)
         with _fits(session, f"ours-{name}, a group"):
-            call = _warm(lambda s=scorer: s.score(layout, positions="answers"), T)
-            measured = measure(call, scorer, session.device)
+            _warm(scorer, layout)
+            measured = measure(
+                lambda s=scorer: s.score(layout, positions="answers"), scorer, session.device
+            )
             flops = group_flops(decoder, *sizes)
             session.add("group", f"ours-{name}", measured, f"T={T};{shape}", flops, moved)
     if "transformers" in cases:
         T = P + R
         ids = random_ids(T, decoder.V, session.device)
         with _fits(session, f"{PEER} at T={T}"):
-            measured = measure(_warm(lambda: peer_scores(model, ids), T), None, session.device)
+            _warm_peer(model, ids)
+            measured = measure(lambda: peer_scores(model, ids), None, session.device)
             measured.ms = [G * ms for ms in measured.ms]
             flops = decoder.flops([T] * G, G * (T - 1))
             shape = f"T={G * T};{shape};measured=1ofG"
@@ -422,9 +445,8 @@ def streamed(session: Session, model: torch.nn.Module, T: int, attention: Sequen
     flops, moved = scorer.decoder.flops([T], T - 1), weight_bytes(scorer.decoder, model.dtype)
     for name in attention:
         scorer.use_attention(name)
-        measured = measure(
-            _warm(lambda: scorer.score(ids), T), scorer, session.device, whole_memory=True
-        )
+        _warm(scorer, ids)
+        measured = measure(lambda: scorer.score(ids), scorer, session.device, whole_memory=True)
         shape = f"T={T};weights_mb=0;h2d_gbs={rate:.1f}"
         session.add("streamed", f"ours-{name}", measured, shape, flops, moved)
 
@@ -481,8 +503,6 @@ def run(
     if device == "cuda":
         torch.cuda.synchronize()
     _say(console, f"model made in {time.perf_counter() - started:.1f} s")
-    for name in attention:  # kernels are compiled
-        Scorer(held, attention=name).score(random_ids(64, config.vocab_size, device))
     sweep(session, held, tokens, attention, cases, repeats)
     if "group" in cases:
         group(session, held, sizes, attention, cases)

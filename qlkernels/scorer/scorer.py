@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,8 @@ class Scorer:
             raise ValueError(f"Scorer: chunk_tokens must be at least 1, got {chunk_tokens}")
         self.attention = ""
         self.use_attention(attention)
-        self._rotary, self._impl = rotary, impl
+        # a copy, because the model's own stays where the model is
+        self._rotary, self._impl = copy.deepcopy(rotary).to(self.device), impl
         nothing = torch.empty(0, self.decoder.H, dtype=self.dtype, device=self.device)
         targets = torch.empty(0, dtype=torch.int64, device=self.device)
         head = torch.empty(1, self.decoder.H, dtype=self.dtype, device=self.device)

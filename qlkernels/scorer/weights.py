@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,7 +152,8 @@ class _LockedPages(mmap.mmap):
 
     def __del__(self) -> None:
         if self.address:
-            torch.cuda.cudart().cudaHostUnregister(self.address)
+            with contextlib.suppress(Exception):  # CUDA may be gone when the interpreter ends
+                torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
 def host_buffer(size: int, device: torch.device) -> torch.Tensor:
@@ -162,6 +164,9 @@ def host_buffer(size: int, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return torch.empty(size, dtype=torch.uint8)
     pages = _LockedPages(-1, max(1, size))
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to lock
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.frombuffer(pages, dtype=torch.uint8)  # keeps the pages alive
     pages.lock(flat.data_ptr())
     return flat[:size]
