@@ -278,11 +278,11 @@ class MergeRecipe(Settings):
 # --- reading -----------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):
     """YAML 1.1 reads 2e-6 as text; here it is a number."""
 
 
-_Loader.add_implicit_resolver(
+RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
@@ -321,7 +321,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise InputError(f"{path} extends itself")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
     except FileNotFoundError:
         raise InputError(f"recipe {path} does not exist") from None
     except OSError as error:

@@ -58,7 +58,7 @@ def _needed(stage: Stage) -> list[str]:
     return start + (list(retrospective.stages) if retrospective else [])
 
 
-def run_ladder(folder: Path, out: Path, *, resume: bool) -> Path:
+def run_ladder(folder: Path, out: Path, *, resume: bool, console: Console | None = None) -> Path:
     """Run all stages into ``out/STAGE``; returns the folder of the last model.
 
     With ``resume`` finished stages are left as they are and the one that was begun goes on.
@@ -66,7 +66,7 @@ def run_ladder(folder: Path, out: Path, *, resume: bool) -> Path:
     stages = load_ladder(folder)
     if not resume and any((out / stage.name).exists() for stage in stages):
         raise InputError(f"{out} holds a ladder; add --resume to go on with it, or choose another.")
-    console = Console(stderr=True)
+    console = console or Console(stderr=True)
     folders = {stage.name: out / stage.name for stage in stages}
     final = out
     for number, stage in enumerate(stages, 1):

@@ -91,14 +91,11 @@ def build_run(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world_size > 1 and recipe.engine.kind == "torch":
         raise InputError("engine.kind torch is for one process; choose fsdp2 or deepspeed.")
-    if (out / "recipe.json").exists() and not resume:
-        raise InputError(f"{out} holds a run; add --resume to go on with it, or choose another.")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        check_recipe(out, recipe)
-        remove_partial(out)
-    if world_size > 1:
-        dist.barrier()
+    problem = [_prepare_folder(recipe, out, resume) if rank == 0 else None]
+    if world_size > 1:  # the others look only when the first is done
+        dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise InputError(problem[0])
 
     checkpoint = latest_checkpoint(out)
     source = model_folder(recipe.model.path)
@@ -140,6 +137,19 @@ def build_run(
         run.load_state(read_state(checkpoint))
         load_random_states(checkpoint, engine.rank)
     return run
+
+
+def _prepare_folder(recipe: Recipe, out: Path, resume: bool) -> str | None:
+    """Write the recipe or compare with it, remove what a kill left; says what is wrong."""
+    if (out / "recipe.json").exists() and not resume:
+        return f"{out} holds a run; add --resume to go on with it, or choose another."
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        check_recipe(out, recipe)
+    except InputError as error:
+        return str(error)
+    remove_partial(out)
+    return None
 
 
 def lock_run(out: Path) -> int:
@@ -231,6 +241,8 @@ def _earlier_samples(
         path = out / f"difficulty-{engine.rank}.jsonl"
         environment.rollouts.sync_weights(engine.rollout_model(), 0)
         seed = seed_of("difficulty", recipe.seed)
-        found = measured_rewards(measured, recipe.rollout.episodes, mine, seed, path)
+        found = measured_rewards(
+            measured, recipe.rollout.episodes, mine, seed, path, block=recipe.batch.prompts
+        )
         rewards = {k: v for part in engine.gather(found) for k, v in part.items()}
     return draw_earlier(data.earlier, rewards, wanted.count, recipe.seed)

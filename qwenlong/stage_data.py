@@ -146,20 +146,28 @@ def recorded_rewards(stages: Sequence[Path]) -> dict[str, float]:
 
 
 def measured_rewards(
-    environment: Environment, episodes: str, samples: Sequence[Sample], seed: int, path: Path
+    environment: Environment,
+    episodes: str,
+    samples: Sequence[Sample],
+    seed: int,
+    path: Path,
+    *,
+    block: int,
 ) -> dict[str, float]:
-    """Mean reward of ``environment.group_size`` new answers to each sample; ``path`` keeps them, so
-    that an interrupted measurement goes on.
+    """Mean reward of ``environment.group_size`` new answers to each sample, ``block`` samples at a
+    time; ``path`` keeps them, so that an interrupted measurement goes on.
     """
     with JsonlAppender(path) as kept:
         found = {row["id"]: row["reward"] for row in read_jsonl(path)}
-        for sample in samples:
-            if sample.id in found:
+        for start in range(0, len(samples), block):
+            part = samples[start : start + block]
+            if all(sample.id in found for sample in part):
                 continue
-            rolled = EPISODES[episodes](environment, [sample], seed_of(seed, sample.id), 0)
-            rolled = with_rewards(environment, [sample], rolled)
-            found[sample.id] = mean_rewards(rolled).get(sample.id, 0.0)
-            kept.append({"id": sample.id, "reward": found[sample.id]})
+            rolled = EPISODES[episodes](environment, part, seed_of(seed, part[0].id), 0)
+            means = mean_rewards(with_rewards(environment, part, rolled))
+            for sample in part:
+                found[sample.id] = means.get(sample.id, 0.0)
+                kept.append({"id": sample.id, "reward": found[sample.id]})
     return found
 
 

@@ -3,21 +3,24 @@
 import io
 import json
 import math
+import re
 import tokenize
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from qwenlong.advantage_rules import ADVANTAGES, register_advantage
 from qwenlong.checkpoint import checkpoint_folders
-from qwenlong.config import AGGREGATIONS
+from qwenlong.config import AGGREGATIONS, Recipe, RecipeLoader, recipe_from
 from qwenlong.errors import InputError
 from qwenlong.metrics import read_metrics
 from qwenlong.policy import loss_totals, pack_trajectories, token_weights
-from qwenlong.rewards import Judge
+from qwenlong.rewards import Judge, score
 from qwenlong.run_setup import build_run
+from qwenlong.stage_data import TASK_MAKERS
 from qwenlong.train import Stopped, train, train_step
 from qwenlong.train_command import run_stage
 from qwenlong.types import Reward, Trajectory, Turn
@@ -493,6 +496,24 @@ def test_an_advantage_is_one_function_and_one_line(model, tmp_path, monkeypatch)
 def test_a_recipe_that_does_not_fit_is_refused_in_one_sentence(model, tmp_path, changes, sentence):
     with pytest.raises(InputError, match=sentence):
         build_run(tiny_recipe(model, **changes), tmp_path / "run")
+
+
+def test_what_the_page_shows_runs():
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    try:
+        exec(compile(code, "docs/train.md", "exec"), names)
+        samples = list(TASK_MAKERS["greetings"](3, 0, word="Hi"))
+        assert [s.question for s in samples] == ["Say Hi."] * 3
+        assert score(samples[0], "Hi").value == 1.0
+        assert score(samples[0], "Hi, and so on and so forth").value == 0.0
+        assert ADVANTAGES["sign"](torch.tensor([0.0, 2.0]), [], [], None).tolist() == [-1, 1]
+    finally:
+        ADVANTAGES.pop("sign", None)
+        TASK_MAKERS.pop("greetings", None)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    recipe_from(Recipe, yaml.load(recipe, Loader=RecipeLoader))
 
 
 def test_one_step_can_be_read_in_one_sitting():
