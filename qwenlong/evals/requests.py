@@ -8,6 +8,7 @@ difflib's ratio, 0 without the string). Other titles are asked for repeatedly to
 
 from __future__ import annotations
 
+import functools
 import random
 import string
 from collections import defaultdict
@@ -72,6 +73,7 @@ def repeated_requests(
         )
 
 
+@functools.lru_cache(maxsize=2)
 def passages_by_topic(haystack: Haystack) -> dict[str, list[str]]:
     """Passages of whole lines, all different, by the title of the text that they are from."""
     low, high = PASSAGE
