@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The memory agent against the same model that reads the last window only: single needles at two
-# lengths, the same questions for both, greedy. Writes OUT/comparison-*/comparison.md and .png.
+# The memory agent against the same model that reads the last window only: single needles, the same
+# questions for both, greedy. At 4K the window holds everything: what the model can do at best.
+# Writes OUT/comparison-*/comparison.md and .png.
 #
 #   MODEL=folder scripts/eval_agent_window.sh OUT
 #
 # MODEL      a transformers model folder; default SmolLM2-135M-Instruct as `qwenlong demo` makes it
 # BASE_URL   a server to ask instead of an embedded engine; MODEL stays the tokenizer's folder and
 #            NAME is the model's name there
-# SETS       length:questions, by default "128K:100 1M:20"
+# SETS       length:questions, by default "4K:100 128K:100 1M:20"
 # WINDOW     the model's context (8192); CHUNK what the agent reads of it at a time
 # DEVICE, DTYPE, CONCURRENCY   of the embedded engine
 #
@@ -17,7 +18,7 @@ set -euo pipefail
 
 OUT=${1:?usage: scripts/eval_agent_window.sh OUT}
 PYTHON=${PYTHON:-.venv/bin/python}
-SETS=${SETS:-128K:100 1M:20}
+SETS=${SETS:-4K:100 128K:100 1M:20}
 WINDOW=${WINDOW:-8192}
 CHUNK=${CHUNK:-6400}
 MEMORY=${MEMORY:-96}
