@@ -160,8 +160,11 @@ def open_client(settings: AskSettings, tokenizer: Any, cache: Path) -> Client:
             f"the tokenizer of {settings.model} has no chat template, so it is no model to talk "
             "to; use an instruction-tuned model."
         )
+    from transformers.utils import logging
+
     from qwenlong.models import load_causal_lm
 
+    logging.disable_progress_bar()  # of the weights; ours is the one of the chunks
     lm = load_causal_lm(settings.model)
     config, context = settings.config, lm.context_tokens
     needed = config.context_tokens(
