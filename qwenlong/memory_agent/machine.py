@@ -48,7 +48,7 @@ EVENTS = {
     "tags_in_memory": "the memory quoted tags of the prompt, which were removed",
     "tags_in_section": "the text holds tags of the prompt's state, shown with other brackets",
     "no_plan": "the reply has no plan; the next step begins without one",
-    "stop": "the plan says STOP; with early_stop reading ended",
+    "stop": "the plan says STOP; with early_stop and a memory, reading ended",
     "no_split": "the model gave no problem; the query was split by rule",
     "no_answer": "the last reply is empty after its thinking; asked again",
 }
@@ -277,7 +277,8 @@ class MemoryAgent:
             self.problem, self.instructions, self.phase = step.text, step.instructions, "read"
         elif step.kind == "read":
             self.memory, self.plan, self.chunks_read = step.memory, step.plan, step.index + 1
-            if self.config.early_stop and "stop" in step.events:
+            # An empty memory answers nothing: reading goes on.
+            if self.config.early_stop and "stop" in step.events and step.memory:
                 self.phase = "answer"
         else:
             self.answer, self.phase = step.text, "done"
@@ -331,7 +332,7 @@ class MemoryAgent:
                 self._events.append("kept_memory")
         memory, memory_tokens = self._cut("long_memory", memory, self.config.memory_tokens)
         plan, _ = self._cut("long_plan", plan, self.config.plan_tokens)
-        if says_stop(plan):
+        if says_stop(update.plan) and "kept_memory" not in self._events:
             self._events.append("stop")
         chunk = self._chunk
         return self._step(

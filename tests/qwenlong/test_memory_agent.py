@@ -293,6 +293,22 @@ def test_a_plan_that_says_stop(early):
     assert result.events == {"stop": result.chunks}
 
 
+def test_a_stop_counts_where_a_memory_was_written():
+    """Not of an empty memory, not in a reply without one, not of a plan that is carried along."""
+    config = AgentConfig(early_stop=True, repairs=0)
+    for before, reply, phase, events in (
+        (("", ""), update("", "STOP"), "read", {"stop": 1}),
+        (("m", ""), "<plan>STOP</plan>", "read", {"no_memory": 1, "kept_memory": 1}),
+        (("m", "STOP"), "x", "read", {"no_memory": 1, "no_plan": 1, "kept_memory": 1}),
+        (("m", ""), update("m", "STOP"), "answer", {"stop": 1}),
+    ):
+        agent = MemoryAgent(config, WORDS, "Who?")
+        agent.memory, agent.plan = before
+        agent.request(chunk(0))
+        step = agent.receive(said(reply))
+        assert (agent.phase, Counter(step.events)) == (phase, events)
+
+
 def test_thinking_that_the_server_splits_off_counts():
     agent = MemoryAgent(SMALL, WORDS, "Who?")
     agent.request(chunk(0))
