@@ -21,6 +21,7 @@ _PEERS = ("#546e7a", "#1e88e5")
 _PARTS = {
     "attention": "#b3261e", "experts": "#e8710a", "mlp": "#e8710a", "projections": "#1e88e5",
     "elementwise": "#90a4ae", "head": "#00897b", "embedding": "#5c6bc0",
+    "weights": "#37474f",
 }  # fmt: skip
 
 

@@ -156,7 +156,10 @@ def run_groups(
     check_out(out, force)
     tokenizer = load_tokenizer(settings.model)
     path = Path(settings.input)
-    total = sum(group.rows for group in read_groups(path, tokenizer))  # every line is one
+    rows_of_groups = [group.rows for group in read_groups(path, tokenizer)]
+    if not rows_of_groups:
+        raise InputError(f"{path} holds no group; give a line with a prompt and its answers.")
+    total = sum(rows_of_groups)
     reader = open_reader(settings, console, needs_scorer="--answers")
     assert isinstance(reader, ScorerReader)
     for group in read_groups(path, tokenizer):

@@ -335,9 +335,11 @@ class Scorer:
             self.decoder, cos, sin, attend, self.chunk_tokens, self.on_part, recorder, replay
         )
         report = _Progress(on_layer, self.decoder.layers, self.device)
+        self.on_part("weights")
         for i, weights in enumerate(self._weights.layers()):
             x = run_layer(x, i, weights, step)
             report.after(i)
+            self.on_part("weights")
         self.on_part("head")
         return x
 

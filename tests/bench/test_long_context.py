@@ -41,7 +41,15 @@ def test_every_case(tmp_path, no_ceilings):
     parts = [r for r in rows if r.op == "scorer_part" and r.size("T") == "48"]
     assert {r.case for r in parts} == {
         f"resident/{p}"
-        for p in ("embedding", "elementwise", "projections", "attention", "experts", "head")
+        for p in (
+            "embedding",
+            "weights",
+            "elementwise",
+            "projections",
+            "attention",
+            "experts",
+            "head",
+        )
     }
     assert sum(r.useful_flops for r in parts) == ours.useful_flops
     assert latest(rows, "scorer")

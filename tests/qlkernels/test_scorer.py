@@ -119,6 +119,25 @@ def test_chunk_size_changes_nothing(models, kind, chunk_tokens):
     expect_close(parts, whole._asdict())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_errs_no_more_than_transformers(kind):
+    ids = torch.arange(60) * 7 % V
+    model = tiny_model(kind)
+    truth = straightforward(model, ids)
+    # transformers loads weights so; model.to(bfloat16) would round the rotation's frequencies too
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    model.to(torch.bfloat16)
+    model.model.rotary_emb.inv_freq = frequencies
+    baseline = straightforward(model, ids)
+    actual = Scorer(model, chunk_tokens=17).score(ids)
+    for name in FIELDS:
+        error, slip = (
+            (x.double() - truth[name]).square().mean().sqrt()
+            for x in (getattr(actual, name)[:-1], baseline[name])
+        )
+        assert 0 < error <= 2 * slip, name
+
+
 PROMPTS = (list(range(5, 25)), [3], [4, 4], list(range(60, 70)))
 ANSWERS = (
     ([9, 8, 7], [], list(range(30)), [1]),

@@ -193,6 +193,20 @@ def test_the_longest_group_that_fits(folder, file):
     assert run(folder, file)["scored_tokens"] == 7
 
 
+def test_a_file_without_a_group(folder, file, capsys):
+    file.write_text("\n\n")
+    error = main_fails(capsys, "score", "--model", folder, "--answers", file)
+    assert "holds no group" in error and list(file.parent.iterdir()) == [file]
+
+
+def test_groups_without_a_token_to_score(folder, file):
+    file.write_text('{"prompt_ids": [1], "answers": []}\n{"prompt": "a b c", "answers": [""]}\n')
+    summary = run(folder, file)
+    assert summary["groups"] == 2 and summary["scored_tokens"] == 0
+    assert summary["perplexity"] is None and summary["mean_entropy"] is None
+    assert (file.parent / "out" / "scores.png").stat().st_size > 5000
+
+
 def test_options(folder, file, capsys, tmp_path):
     both = ("score", "--model", folder, "--answers", file)
     assert "either --input or --answers" in main_fails(capsys, *both, "--input", file)
