@@ -62,6 +62,7 @@ def train_demo(
         loaded = loaded.model_copy(update={"seed": seed})
     result = run_demo(loaded, out, passages, greedy=greedy, console=Console(stderr=True))
     print(describe(result))
+    print(out / "train-demo.png")
 
 
 def run_demo(
