@@ -69,12 +69,11 @@ def _moe_route_fwd_kernel(
         offs_t = (pid * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)  # int64
         mask_t = offs_t < T
         mask = mask_t[:, None] & mask_e[None, :]
-        x = tl.load(logits_ptr + offs_t[:, None] * stride_t + offs_e[None, :], mask=mask, other=0.0)
-        x = x.to(tl.float32)  # [BLOCK_T, BLOCK_E]
+        row_ptr = logits_ptr + offs_t[:, None] * stride_t
+        x = tl.load(row_ptr + offs_e[None, :], mask=mask, other=0.0).to(tl.float32)
         key = tl.where(mask_e[None, :], _sort_key(x), _TAKEN)
         slots = offs_t[:, None] * top_k + offs_k[None, :]  # [BLOCK_T, BLOCK_K]
         mask_k = mask_t[:, None] & (offs_k < top_k)[None, :]
-        replay = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
         known = offs_t < 0
         is_bad = offs_t < 0
         if HAS_REPLAY:
@@ -82,21 +81,22 @@ def _moe_route_fwd_kernel(
             outside = tl.sum(((given < 0) | (given >= E)).to(tl.int32), 1)
             known = outside == 0
             is_bad = (outside > 0) & (tl.sum((mask_k & (given != -1)).to(tl.int32), 1) > 0)
-            replay = given.to(tl.int32)
 
         ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-        chosen = tl.full([BLOCK_T, BLOCK_K], -float("inf"), tl.float32)  # their logits
         picks = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
         for k in range(0, top_k):
             live = tl.argmax(key, 1, tie_break_left=True)
             key = tl.where(offs_e[None, :] == live[:, None], _TAKEN, key)
             is_k = (offs_k == k)[None, :]
-            expert = tl.where(known, tl.sum(tl.where(is_k, replay, 0), 1), live)
+            expert = live
+            if HAS_REPLAY:  # read again: kept for the loop, the ids of a tile cost registers
+                given_k = tl.load(replay_ptr + offs_t * top_k + k, mask=mask_t, other=0)
+                expert = tl.where(known, given_k.to(tl.int32), live)
             hit = offs_e[None, :] == expert[:, None]
             picks += hit.to(tl.int32)
             ids = tl.where(is_k, expert[:, None], ids)
-            chosen = tl.where(is_k, tl.sum(tl.where(hit, x, 0.0), 1)[:, None], chosen)
 
+        chosen = tl.load(row_ptr + ids, mask=mask_k, other=-float("inf")).to(tl.float32)
         x = tl.where(mask_e[None, :], x, -float("inf"))
         m = tl.max(x, 1)
         e = tl.exp(x - m[:, None])

@@ -13,6 +13,9 @@ from qlkernels.testing import assert_as_accurate, outputs_and_grads
 
 CPU_IMPLS = ["torch", "triton", "cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# not every pair: each is compiled, or interpreted, for every shape
+KINDS = [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)]
+KIND_NAMES = ["fp32-raw", "fp16-norm", "bf16-norm"]
 # (T, E, top_k): nothing, one, all experts, primes, either side of a tile
 SHAPES = [
     (0, 8, 2), (1, 1, 1), (1, 8, 8), (3, 7, 3), (17, 33, 5), (9, 128, 8), (65, 60, 4),
@@ -73,8 +76,7 @@ def check(impl, logits, top_k, upstream, **options):
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
-@pytest.mark.parametrize("norm_topk_prob", [True, False], ids=["norm", "raw"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype, norm_topk_prob", KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("T, E, top_k", SHAPES)
 def test_matches_reference(impl, T, E, top_k, dtype, norm_topk_prob):
     logits, upstream = make(T, E, top_k, dtype)
@@ -516,14 +518,9 @@ def skewed_ids(T, E, top_k, seed=0):
     return (scores * ranks).argsort(1, descending=True)[:, :top_k].contiguous()
 
 
-# every pair of dtype and normalisation would be minutes of Triton compilation
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", GPU_IMPLS)
-@pytest.mark.parametrize(
-    "dtype, norm_topk_prob",
-    [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)],
-    ids=["fp32-raw", "fp16-norm", "bf16-norm"],
-)
+@pytest.mark.parametrize("dtype, norm_topk_prob", KINDS, ids=KIND_NAMES)
 @pytest.mark.parametrize("T, E, top_k", GPU_SHAPES)
 def test_gpu_matches_reference(impl, T, E, top_k, dtype, norm_topk_prob):
     logits, upstream = make(T, E, top_k, dtype, device="cuda")
