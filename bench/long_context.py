@@ -22,7 +22,7 @@ from rich.console import Console
 
 from bench import machine, registry, results, timing
 from bench.gate import WrongResult
-from bench.long_context_plot import draw
+from bench.long_context_plot import draw, picture_path
 from bench.registry import Unavailable
 from bench.results import Row
 from bench.run import Report
@@ -508,7 +508,7 @@ def run(
         group(session, held, sizes, attention, cases)
     if "streamed" in cases:
         streamed(session, held, sizes[0], attention)
-    picture = draw(report.rows, out.with_name(f"{out.stem}-long-context-{model}.png"))
+    picture = draw(report.rows, picture_path(out, model))
     _say(console, f"run {report.run}: {len(report.rows)} rows -> {out}, {picture}")
     return report
 

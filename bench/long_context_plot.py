@@ -57,6 +57,27 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
+def draw_file(path: Path, rows: Sequence[Row], run: str | None = None) -> list[Path]:
+    """Draw every model of a results file beside it; the files written.
+
+    Args:
+        path: of the CSV file.
+        rows: all of its rows.
+        run: a run id; the last one with the model if None.
+    """
+    own = [row for row in rows if row.op == "scorer" and run in (None, row.run)]
+    last = {row.size("model"): row.run for row in own}
+    return [
+        draw([row for row in rows if row.run == found], picture_path(path, model))
+        for model, found in last.items()
+    ]
+
+
+def picture_path(results: Path, model: str) -> Path:
+    """The picture of a model beside its results file."""
+    return results.with_name(f"{results.stem}-long-context-{model}.png")
+
+
 def _gigabytes(row: Row) -> float | None:
     if row.peak_mb is None:
         return None

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from bench import long_context_plot
 from bench.ceilings import Roof
 from bench.results import Row, latest, read_rows
 
@@ -26,7 +27,9 @@ def plot_folder(folder: Path, run: str | None = None) -> list[Path]:
     written = []
     for path in sorted(folder.glob("*.csv")):
         rows = read_rows(path)
-        for op in dict.fromkeys(row.op for row in rows if row.op != "ceiling"):
+        written += long_context_plot.draw_file(path, rows, run)
+        without = ("ceiling", "scorer", "scorer_part")
+        for op in dict.fromkeys(row.op for row in rows if row.op not in without):
             chosen = latest(rows, op, run)
             if chosen:
                 written.append(plot_op(op, chosen, path.with_name(f"{path.stem}-{op}.png")))

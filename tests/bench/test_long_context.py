@@ -8,7 +8,8 @@ from bench import long_context
 from bench.gate import WrongResult
 from bench.long_context import MODELS, Parts, check, group_flops, make_config, random_model, run
 from bench.long_context_plot import draw
-from bench.results import latest, read_rows
+from bench.plot import plot_folder
+from bench.results import append_rows, latest, read_rows
 from qlkernels.scorer import Decoder, Scorer
 from tests.bench.rows import row
 
@@ -132,6 +133,19 @@ def test_picture_without_a_group_or_rows(tmp_path):
     draw(rows, tmp_path / "a.png")
     draw([], tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 10_000
+
+
+def test_the_last_run_of_each_model_is_drawn_from_the_file(tmp_path):
+    shape = "model={};layers=48;T=4096;weights_mb=61000"
+    rows = [
+        row(op="scorer", case="resident", shape=shape.format(model), run=run)
+        for model, run in (("30b", "r1"), ("4b", "r2"), ("30b", "r3"))
+    ]
+    append_rows(tmp_path / "card.csv", rows)
+    names = ["card-long-context-30b.png", "card-long-context-4b.png"]
+    assert [p.name for p in plot_folder(tmp_path)] == names
+    assert [p.name for p in plot_folder(tmp_path, "r2")] == names[1:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "card.csv"]
 
 
 def test_unknown_names_are_refused(capsys):
