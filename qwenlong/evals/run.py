@@ -224,10 +224,16 @@ def _ask_once(client, settings: RunSettings, texts, questions, keep) -> None:
 
     def requests() -> Iterator[Request]:
         last: tuple[str, list[prompts.Message], bool] | None = None
-        for number, (sample, index) in enumerate(questions):
+        number = 0
+        for sample, index in questions:
             if last is None or last[0] != sample.id:  # samples of one question share its prompt
-                last = (sample.id, *_messages(sample, settings, texts, tokens))
+                try:
+                    last = (sample.id, *_messages(sample, settings, texts, tokens))
+                except InputError as error:  # the question alone does not fit the window
+                    keep(sample, index, _refusal(error, True))
+                    continue
             asked[number] = (sample, index, last[2])
+            number += 1
             yield Request.chat(
                 last[1],
                 sample_index=index,
@@ -266,7 +272,7 @@ def _row(said: Completion | LLMError, truncated: bool) -> dict[str, Any]:
     }
 
 
-def _refusal(error: LLMError, truncated: bool) -> dict[str, Any]:
+def _refusal(error: Exception, truncated: bool) -> dict[str, Any]:
     return {
         "response": "",
         "finish_reason": "refused",

@@ -15,6 +15,7 @@ from qwenlong.llm import (
     TransientError,
     VirtualTime,
 )
+from qwenlong.prompts import render
 from qwenlong.rewards import Judge
 from qwenlong.types import Document, Sample
 from tests.qwenlong.evals.readers import (
@@ -271,6 +272,18 @@ def test_a_window_cuts_and_says_so(data, tmp_path, samples):
     for call in client.calls:
         assert len(call.messages[0]["content"]) / 4 + 200 <= 3_000
     assert 0 < mean(results, *CODES) < 1
+
+
+def test_a_question_beyond_the_window_is_refused_and_the_others_go_on(data, tmp_path, samples):
+    bare = [render(s.model_copy(update={"documents": []}))[0]["content"] for s in samples]
+    middle = sorted(map(len, bare))[len(bare) // 2] // 4
+    client = PerfectReader(samples)
+    settings = RunSettings(max_tokens=50, window=50 + 64 + middle)
+    results = run(data, tmp_path, client, settings)
+    refused = [r for r in results if r.model_extra["refused"]]
+    assert len(results) == len(samples) and 0 < len(refused) < len(samples)
+    assert all("its question alone" in r.model_extra["refused"] and r.score == 0 for r in refused)
+    assert len(client.calls) == len(samples) - len(refused)
 
 
 @pytest.mark.parametrize(
