@@ -11,8 +11,10 @@ import torch
 SLACK = 2.0
 FLOOR = 1e-5
 # Peers round where they like (bf16 logits, bf16 entropy, bf16 accumulation); their error is in the
-# table, and only what no rounding explains is refused.
+# table, and only what no rounding explains is refused. Logits of 30 in bf16 are off by up to 0.06
+# each, which moves the entropy of a peaked row by a sixth of the largest.
 PEER_TOLERANCE = 5e-2
+PEER_ENTROPY_TOLERANCE = 0.2
 
 
 class WrongResult(AssertionError):
@@ -52,7 +54,8 @@ class Comparison:
         return self.error / max(self.scale, 1e-30)
 
     def judge(self, strict: bool) -> None:
-        allowed = SLACK * self.slip + FLOOR * self.scale if strict else PEER_TOLERANCE * self.scale
+        peer = PEER_ENTROPY_TOLERANCE if self.name == "entropy" else PEER_TOLERANCE
+        allowed = SLACK * self.slip + FLOOR * self.scale if strict else peer * self.scale
         if self.error > allowed:
             raise WrongResult(
                 f"{self.name} is off by {self.error:.2e}, {allowed:.2e} is allowed "

@@ -122,7 +122,11 @@ class LinearTruth:
         for block in _blocks(len(index), self.weight.shape[0]):
             rows = index[block]
             hidden = self.hidden[rows].to(dtype).requires_grad_(bool(upstream))
-            scores = token_scores(hidden @ weight.T, self.target_ids[rows])
+            logits = hidden @ weight.T
+            if dtype == torch.float32 and upstream:
+                # what tensor cores multiply: the gradient of the logits in the operands' 16 bits
+                logits.register_hook(lambda g: g.to(self.hidden.dtype).to(g.dtype))
+            scores = token_scores(logits, self.target_ids[rows])
             for name in ("logprobs", "entropy"):
                 found[name][rows] = scores[name].detach()
             if upstream:
@@ -132,8 +136,8 @@ class LinearTruth:
         return found
 
     def _truth(self, upstream: Mapping[str, torch.Tensor]) -> tuple[Outputs, dict[str, float]]:
-        """fp64 outputs, and the largest error of the fp32 baseline in each (gradients rounded as
-        they are stored).
+        """fp64 outputs, and the largest error of the fp32 baseline in each: dlogits rounded to the
+        operands' dtype before the products, gradients as they are stored.
         """
         key = tuple(upstream)
         if key not in self._known:

@@ -93,7 +93,7 @@ def target(name: str, tokens: int, hidden: int, vocab: int, device: str, dtype: 
         def backward():
             return torch.autograd.grad(scores.logprobs, (x, w), upstream, retain_graph=True)
 
-        return linear_kernels.DLOGITS_CONFIG, key, GEMM, backward
+        return linear_kernels.dlogits_config(vocab, False, False), key, GEMM, backward
     if name == "linear_exp":
         mask = torch.ones(tokens, dtype=torch.bool, device=device)
         cu_seqlens = torch.tensor([0, tokens], device=device)

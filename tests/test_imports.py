@@ -18,6 +18,7 @@ COMPOSITIONS = {
     "attention",
     "hf",
     "linear_policy_loss",
+    "logprob_entropy_with_grad",
     "moe",
     "router_replay",
     "scorer",

@@ -14,8 +14,8 @@ from bench.registry import Problem, Unavailable
 from bench.results import read_rows
 
 
-def judged(actual, truth, baseline, strict):
-    found = Comparison("x")
+def judged(actual, truth, baseline, strict, name="x"):
+    found = Comparison(name)
     found.add(torch.tensor(actual), torch.tensor(truth).double(), torch.tensor(baseline))
     found.judge(strict)
     return found
@@ -32,6 +32,9 @@ def test_peers_may_round_but_not_be_wrong():
     judged([10.4], [10.0], [10.0], strict=False)
     with pytest.raises(WrongResult, match="is allowed"):
         judged([10.6], [10.0], [10.0], strict=False)
+    judged([10.6], [10.0], [10.0], strict=False, name="entropy")
+    with pytest.raises(WrongResult, match="entropy is off"):
+        judged([12.1], [10.0], [10.0], strict=False, name="entropy")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -110,4 +110,5 @@ def test_peak_is_above_inputs_and_results():
 
     x = torch.zeros(1 << 20, device="cuda")  # 4 MiB
     assert timing.peak_extra_bytes(lambda: x + 1) == 0
-    assert timing.peak_extra_bytes(lambda: (x + 1).exp().sum()) == 8 << 20
+    peak = timing.peak_extra_bytes(lambda: (x + 1).exp().sum())
+    assert abs(peak - (8 << 20)) <= 1024  # the result is a block of its own
