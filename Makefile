@@ -4,7 +4,7 @@
 # make train-demo   a small real model learns to find facts in real text; about 15 minutes
 # Everything is installed into .venv. PYTHON names another Python 3.10 or later.
 
-.PHONY: demo test test-real synth-demo train-demo bench-gpu gpu-check lint env-demo env-synth-demo env-train-demo env-test
+.PHONY: demo test test-real synth-demo train-demo bench-gpu bench-long-context gpu-check lint env-demo env-synth-demo env-train-demo env-test
 PY := .venv/bin/python
 
 demo: env-demo
@@ -35,6 +35,12 @@ train-demo: env-train-demo
 # On a machine with an NVIDIA GPU: writes bench/results/, from which plots and tables are made.
 bench-gpu: env-test
 	$(PY) -m bench all --device cuda
+
+# Scoring of up to 192,000 tokens by models of the true shapes with random weights; about 80 GB of GPU
+# memory, and 70 GB of the host's for the streamed case.
+bench-long-context: env-test
+	$(PY) -m bench.long_context --model 4b
+	$(PY) -m bench.long_context --model 30b
 
 # The same with the GPU tests and compute-sanitizer before it; logs in gpu-check/.
 gpu-check: env-test
