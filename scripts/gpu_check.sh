@@ -30,6 +30,9 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck; do
     part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 99 \
         "$python" -m pytest -m gpu tests/qlkernels/test_ext.py -q -x -k "not two_to_the_31"
+    part "$tool-routing" compute-sanitizer --tool "$tool" --error-exitcode 99 \
+        "$python" -m pytest -m gpu tests/qlkernels/test_moe_routing.py -q -x \
+        -k "cuda and not 2_31 and not 131072 and not 270000 and not chunks and not opcheck and not limits"
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
 part bench "$python" -m bench all --device cuda
