@@ -47,7 +47,6 @@ class EmbeddedRollouts:
         cache_tokens: prefix tokens, and answer tokens, whose keys and values are held at the same
             time; one prefix and one answer may be longer.
         prefill_tokens: prompt tokens that go through the model at once.
-        autocast_dtype: run the model under autocast to this dtype, as the trainer does.
     """
 
     def __init__(
@@ -58,19 +57,17 @@ class EmbeddedRollouts:
         max_rows: int = 64,
         cache_tokens: int = 131_072,
         prefill_tokens: int = 8192,
-        autocast_dtype: torch.dtype | None = None,
     ):
-        if max_rows < 1 or prefill_tokens < 1:
+        if min(max_rows, cache_tokens, prefill_tokens) < 1:
             raise InputError(
-                f"rollouts: max_rows is {max_rows} and prefill_tokens {prefill_tokens}; both must "
-                "be at least 1."
+                f"rollouts: max_rows is {max_rows}, cache_tokens {cache_tokens} and prefill_tokens "
+                f"{prefill_tokens}; all must be at least 1."
             )
         self._model = model
         self._eos = _end_tokens(model, eos_token_ids)
         self._max_rows = max_rows
         self._cache_tokens = cache_tokens
         self._prefill_tokens = prefill_tokens
-        self._autocast_dtype = autocast_dtype
         self._known: tuple[list[int], KeyValues] = ([], [])  # tokens read, and what they left
 
     def generate(
@@ -142,18 +139,12 @@ class EmbeddedRollouts:
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, autocast; keys and values of older weights forgotten."""
+        """Evaluation mode and no gradients; keys and values of older weights forgotten."""
         was_training = self._model.training
-        device = next(self._model.parameters()).device.type
         self._known = ([], [])
         self._model.eval()
         try:
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    device, self._autocast_dtype, enabled=self._autocast_dtype is not None
-                ),
-            ):
+            with torch.no_grad():
                 yield
         finally:
             self._known = ([], [])

@@ -244,8 +244,10 @@ def test_the_model_is_left_as_it_was(model):
         model.eval()
 
 
-def test_autocast(model):
-    (group,) = generate(model, [[9] * 30], settings={"autocast_dtype": torch.bfloat16})
+def test_bf16(model):
+    """Log-probs of a bf16 model are fp32 numbers, near those of the whole sequence in fp32."""
+    half = make_model().to(torch.bfloat16)
+    (group,) = generate(half, [[9] * 30])
     for turn in group:
         wanted = scored(model, turn, 0.8)
         torch.testing.assert_close(torch.tensor(turn.logprobs), wanted, atol=0.2, rtol=0.05)
@@ -274,6 +276,8 @@ def test_wrong_prompts_and_models_are_refused(model):
         generate(make_model("gemma2", vocab_size=V), [[9, 10, 11]])
     with pytest.raises(InputError, match="names no end token"):
         EmbeddedRollouts(model, eos_token_ids=[])
+    with pytest.raises(InputError, match="cache_tokens 0"):
+        EmbeddedRollouts(model, cache_tokens=0)
     broken = make_model()
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))
