@@ -162,6 +162,16 @@ DENSE = [
     _text("needle_recall", ("17", "23"), SAID("17, 99"), 0.5, 0.5, "one of two needles"),
     _text("needle_recall", ("17", "23"), SAID("117, 23"), 0.5, 1, "ours: whole words"),
     _text("needle_recall", ("17", "17"), SAID("17"), 1, 1, "a needle counts once"),
+    _text("needle_recall", ("ABCDE", "FGHIJ"), SAID("fghij, abcde"), 1, 1, "any order and case"),
+    _text("needle_recall", ("17",), SAID("17, 18, 19"), 1, 1, "recall alone: more is not punished"),
+    _text("needle_recall", ("8092885",), SAID("8,092,885"), 1, 0, "ours: separators are no text"),
+    _text("needle_recall", ("17", "23"), "17\n" + "x " * 600 + "23", 0.5, 1, "ours: the end alone"),
+    _text("needle_recall", ("17",), "<think>17</think>" + SAID("18"), 0, None, "thinking is cut"),
+    _text("mrcr", PREFIX + "ab", PREFIX + "\nab", 0.8, 0.8, "2 * 2 / 5: line ends count", **_MRCR),
+    _text("mrcr", PREFIX + "ab", PREFIX.lower() + "ab", 0, 0, "the case of the prefix", **_MRCR),
+    _text("mrcr", PREFIX + "ab", PREFIX, 0, 0, "the prefix alone", **_MRCR),
+    _text("cover", '["Bolt"]', 'The answer is: ["Bolt"]', 1, None, "a list in CorpusQA's form"),
+    _text("cover", "45 minutes", SAID("about 45 minutes"), 1, None, "more words around the gold"),
 ]
 
 CASES = TEXT + CHOICE + NUMBER + DENSE
