@@ -209,6 +209,11 @@ An earlier reply left out the problem. Write both parts in their tags.""",
 
 An earlier reply left out the memory, or left it empty though there was one. Write the whole \
 memory between <memory> and </memory>, then the plan between <plan> and </plan>.""",
+    "long": """
+
+An earlier reply's memory was too long, and its end would be lost. Write the whole memory in at \
+most {words} words between <memory> and </memory>: leave out what matters least for the problem. \
+Then write the plan between <plan> and </plan>.""",
     "answer": """
 
 An earlier reply held no answer. Write the answer.""",
@@ -397,13 +402,11 @@ def agent_final(question: str, instructions: str, memory: str) -> list[Message]:
     )
 
 
-def agent_again(messages: list[Message], phase: str) -> list[Message]:
+def agent_again(messages: list[Message], reason: str, **fields: str) -> list[Message]:
     """The same prompt with a reminder of its form, for a reply that could not be used.
 
-    ``phase`` is ``"split"``, ``"read"`` or ``"answer"``. The reminder comes last, so that a server
-    with a prefix cache computes nothing twice.
+    ``reason`` is a key of ``AGENT_AGAIN``, ``fields`` fill its slots. The reminder comes last, so
+    that a server with a prefix cache computes nothing twice.
     """
-    return [
-        *messages[:-1],
-        {**messages[-1], "content": messages[-1]["content"] + AGENT_AGAIN[phase]},
-    ]
+    reminder = fill(AGENT_AGAIN[reason], **fields)
+    return [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + reminder}]

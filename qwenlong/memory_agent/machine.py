@@ -43,7 +43,7 @@ EVENTS = {
     "took_reply": "no usable reply: the whole text became the memory (fallback='take')",
     "unclosed_memory": "the memory has no end tag; taken as far as it goes",
     "cut_off": "the reply reached its limit of tokens",
-    "long_memory": "the memory was longer than memory_tokens; cut at a sentence",
+    "long_memory": "the memory was longer than memory_tokens; asked again, then cut at a sentence",
     "long_plan": "the plan was longer than plan_tokens; cut at a sentence",
     "tags_in_memory": "the memory quoted tags of the prompt, which were removed",
     "tags_in_section": "the text holds tags of the prompt's state, shown with other brackets",
@@ -54,6 +54,7 @@ EVENTS = {
 }
 _TAG_TOKENS = 64  # of a reply, beside memory and plan
 _TEMPLATE_TOKENS = 700  # of the prompt of a step without its fields: an upper bound, tested
+_WORDS_PER_TOKEN = 0.7  # of English, for a model that is told its limit
 _SAMPLES_APART = 1_000  # sample indices of one sample; repairs take the next
 
 
@@ -193,6 +194,8 @@ class MemoryAgent:
     def _begin(self) -> None:
         self._attempt = self._prompt_tokens = self._completion_tokens = 0
         self._events: list[str] = []
+        self._was_long = False  # the last reply's memory
+        self._long: tuple[str, str] | None = None  # memory as cut, and plan, of such a reply
 
     # --- asking --------------------------------------------------------------
 
@@ -219,7 +222,12 @@ class MemoryAgent:
             )
         else:
             asked = prompts.agent_final(self.problem, self.instructions, self.memory)
-        return prompts.agent_again(asked, self.phase) if self._attempt else asked
+        if not self._attempt:
+            return asked
+        if self._was_long:
+            words = max(1, int(_WORDS_PER_TOKEN * self.config.memory_tokens))
+            return prompts.agent_again(asked, "long", words=str(words))
+        return prompts.agent_again(asked, self.phase)
 
     @property
     def max_tokens(self) -> int:
@@ -313,7 +321,7 @@ class MemoryAgent:
         return self._step(index=-1, text=query.problem, instructions=query.instructions)
 
     def _hear_update(self, text: str) -> Step | None:
-        update = parse_update(text)
+        update, before = parse_update(text), len(self._events)
         self._events += update.events
         memory, plan = update.memory, update.plan
         if memory == "" and self.memory:
@@ -321,18 +329,24 @@ class MemoryAgent:
             memory = None
         if memory is None:
             if self._may_repeat:
+                self._was_long = False
                 return None
-            memory, plan = self.memory, plan or self.plan
-            if self.config.fallback == "take" and as_memory(update.visible):
-                # With "no_memory" alone: an empty <memory></memory> is no text to take.
-                if "no_memory" in update.events:
-                    memory = as_memory(update.visible)
-                    self._events.append("took_reply")
-            if "took_reply" not in self._events:
+            memory, plan = self._long or (self.memory, plan or self.plan)
+            # An empty <memory></memory> is no text to take.
+            is_text = "no_memory" in update.events and bool(as_memory(update.visible))
+            if self.config.fallback == "take" and self._long is None and is_text:
+                memory = as_memory(update.visible)
+                self._events.append("took_reply")
+            if "took_reply" not in self._events and self._long is None:
                 self._events.append("kept_memory")
+        self._was_long = False
         memory, memory_tokens = self._cut("long_memory", memory, self.config.memory_tokens)
+        if "long_memory" in self._events[before:] and self._may_repeat:
+            # Cutting loses what was learnt last, so the model is asked to choose first.
+            self._was_long, self._long = True, (memory, plan)
+            return None
         plan, _ = self._cut("long_plan", plan, self.config.plan_tokens)
-        if says_stop(update.plan) and "kept_memory" not in self._events:
+        if says_stop(plan) and "kept_memory" not in self._events:
             self._events.append("stop")
         chunk = self._chunk
         return self._step(

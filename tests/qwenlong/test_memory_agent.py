@@ -269,13 +269,35 @@ def test_an_empty_memory_does_not_erase_one():
 
 def test_a_memory_beyond_its_limit_ends_with_a_sentence():
     long = "One two three four. " * 20  # 80 words, the limit is 40
-    memory, _, events = hear(SMALL, said(update(long)))
+    memory, _, events = hear(SMALL, *[said(update(long))] * 2)
     assert memory == ("One two three four. " * 10).strip()
-    assert events == {"long_memory": 1}
+    assert events == {"long_memory": 2}
     unclosed = said("<memory>" + long, "length")
-    memory, plan, events = hear(SMALL, unclosed)
+    memory, plan, events = hear(SMALL, unclosed, unclosed)
     assert memory.endswith("four.") and len(memory.split()) == 40 and plan == ""
-    assert events == {"cut_off": 1, "unclosed_memory": 1, "no_plan": 1, "long_memory": 1}
+    assert events == {"cut_off": 2, "unclosed_memory": 2, "no_plan": 2, "long_memory": 2}
+
+
+def test_a_memory_beyond_its_limit_is_first_asked_for_again():
+    """With the limit in words; what the model chose to keep is then taken whole."""
+    agent = MemoryAgent(AgentConfig(memory_tokens=40, repairs=2), WORDS, "Who?")
+    agent.request(chunk(0))
+    assert agent.receive(said(update("a b c d. " * 20))) is None
+    again = agent.messages(chunk(0))[-1]["content"]
+    assert "at most 28 words" in again and again.endswith("</plan>.")
+    assert agent.receive(said("no tags")) is None  # and another reason has another reminder
+    assert "words" not in agent.messages(chunk(0))[-1]["content"][-200:]
+    step = agent.receive(said(update("The first and the last.")))
+    assert (agent.memory, step.calls, step.memory_tokens) == ("The first and the last.", 3, 5)
+
+
+def test_a_long_memory_is_better_than_none():
+    """A repair that fails leaves what the reply before it gave, cut."""
+    for fallback in ("keep", "take"):
+        config = AgentConfig(memory_tokens=8, plan_tokens=16, fallback=fallback)
+        found = hear(config, said(update("One two three four. " * 5, "p1")), said("no tags"))
+        assert found[:2] == ("One two three four. One two three four.", "p1")
+        assert found[2] == {"long_memory": 1, "no_memory": 1, "no_plan": 1}
 
 
 def test_a_plan_beyond_its_limit():
@@ -581,7 +603,8 @@ def test_a_step_fits_the_context_that_the_config_names():
     config = AgentConfig(chunk_tokens=100, memory_tokens=30, plan_tokens=20, thinking_tokens=7)
     assert config.context_tokens(11) == 11 + 100 + 2 * (30 + 20) + 7 + 64 + 700
     for order in ("paper", "chunk_first"):
-        asked = prompts.agent_again(prompts.agent_update("", "", "", "", order=order), "read")
+        asked = prompts.agent_update("", "", "", "", order=order)
+        asked = prompts.agent_again(asked, "long", words="10000")
         assert len(asked[-1]["content"]) / 4 < 600
 
 
