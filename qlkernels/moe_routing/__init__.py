@@ -140,9 +140,9 @@ def build_expert_index(
     Nothing synchronises, so the call can be captured in a CUDA graph.
 
     Args:
-        topk_ids: ``[T, top_k]`` int32 or int64, contiguous, fewer than ``2**31`` entries. Ids
-            outside ``[0, num_experts)``, such as those by which expert parallelism marks experts
-            of other ranks, sort to the end, behind the last expert.
+        topk_ids: ``[T, top_k]`` int32 or int64, fewer than ``2**31`` entries. Ids outside
+            ``[0, num_experts)``, such as those by which expert parallelism marks experts of other
+            ranks, sort to the end, behind the last expert.
         num_experts: ``E``, positive.
         impl: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an
             explicit choice never falls back.

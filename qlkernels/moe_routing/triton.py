@@ -229,14 +229,14 @@ def _count_experts_kernel(
     BLOCK_E: tl.constexpr,
 ):
     """Rows of every expert in one chunk of rows; rows of no expert are not counted."""
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)  # the last tile may reach past 2^31
     offs_e = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, chunk, BLOCK_R):
         offs_r = pid * chunk + start + tl.arange(0, BLOCK_R)
         ids = tl.load(ids_ptr + offs_r, mask=offs_r < rows, other=-1)
         counts += tl.sum((ids[:, None] == offs_e[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + pid.to(tl.int64) * E + offs_e, counts, mask=offs_e < E)
+    tl.store(counts_ptr + pid * E + offs_e, counts, mask=offs_e < E)
 
 
 @triton.jit
@@ -274,7 +274,7 @@ def _sort_rows_kernel(
     """One chunk of rows to their places: behind all smaller experts, the expert's rows of earlier
     chunks, and its earlier rows of this chunk.
     """
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)  # the last tile may reach past 2^31
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     totals = tl.load(totals_ptr + offs_e, mask=mask_e, other=0)
@@ -282,7 +282,7 @@ def _sort_rows_kernel(
     if pid == 0:
         tl.store(offsets_ptr + 1 + offs_e, ends, mask=mask_e)
         tl.store(offsets_ptr + offs_e, ends - totals, mask=offs_e < 1)
-    before = tl.load(before_ptr + pid.to(tl.int64) * E + offs_e, mask=mask_e, other=0)
+    before = tl.load(before_ptr + pid * E + offs_e, mask=mask_e, other=0)
     first = ends - totals + before  # [BLOCK_E]: the place of the expert's next row
     # rows of no expert come last, in their order
     last = tl.sum(totals, 0) + pid * chunk - tl.sum(before, 0)
