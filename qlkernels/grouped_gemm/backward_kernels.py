@@ -108,19 +108,56 @@ def swiglu_backward_kernel(
 
 @triton.jit
 def load_routed(
-    x, order_ptr, rows, in_rows, stride, offs_n, N, IS_GATHERED: tl.constexpr, TOP_K: tl.constexpr,
-    EVEN_N: tl.constexpr,
+    x, order_ptr, begin, end, k, stride, column, N, IS_GATHERED: tl.constexpr,
+    USE_TMA: tl.constexpr, TOP_K: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``[rows, columns]`` of an operand in the order of the sort, or of the tokens behind it; zero
-    in rows that do not count.
+    """``[BLOCK_K, BLOCK_N]`` of the rows from begin + k on, in the order of the sort or, gathered,
+    of the tokens behind it; zero from row ``end`` on.
+
+    ``USE_TMA`` (not gathered): a descriptor by ``launch.bounded_descriptor``.
     """
-    if IS_GATHERED:
-        rows = tl.load(order_ptr + rows, mask=in_rows, other=0) // TOP_K
-    at = x + rows.to(tl.int64)[:, None] * stride + offs_n[None, :]
-    mask = in_rows[:, None]
-    if not EVEN_N:
-        mask = mask & (offs_n < N)[None, :]
-    return tl.load(at, mask=mask, other=0.0)
+    if USE_TMA and not IS_GATHERED:
+        at = [1 << 30, end, (1 << 30) - (end - begin) + k, column]
+        return x.load(at).reshape(BLOCK_K, BLOCK_N)
+    else:
+        offs_n = column + tl.arange(0, BLOCK_N)
+        rows = begin + k + tl.arange(0, BLOCK_K)
+        in_rows = rows < end
+        if IS_GATHERED:
+            rows = tl.load(order_ptr + rows, mask=in_rows, other=0) // TOP_K
+        at = x + rows.to(tl.int64)[:, None] * stride + offs_n[None, :]
+        if EVEN_N:
+            mask = in_rows[:, None]
+        else:
+            mask = in_rows[:, None] & (offs_n < N)[None, :]
+        return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def add_columns(
+    value, out_ptr, offs_row, mask_m, column, N, ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Write or add a tile to the columns from ``column`` on; added ``PART`` columns at a time: more
+    would not fit the registers beside the accumulator.
+    """
+    if ACCUMULATE and BLOCK_N > PART:
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = two_halves(value, BLOCK_M, half)
+        add_columns(
+            left, out_ptr, offs_row, mask_m, column, N, ACCUMULATE, BLOCK_M, half, PART
+        )  # fmt: skip
+        add_columns(
+            right, out_ptr, offs_row, mask_m, column + half, N, ACCUMULATE, BLOCK_M, half, PART
+        )  # fmt: skip
+    else:
+        offs_n = column + tl.arange(0, BLOCK_N)
+        at = out_ptr + offs_row[:, None] * N + offs_n[None, :]
+        mask = mask_m[:, None] & (offs_n < N)[None, :]
+        if ACCUMULATE:
+            value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(at, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -128,42 +165,39 @@ def weight_gradient_kernel(
     left, right, out_ptr, order_ptr, offsets_ptr, stride_lm, stride_rm, M, N, E,
     GATHER_LEFT: tl.constexpr, TOP_K: tl.constexpr, ACCUMULATE: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    FLATTEN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    USE_TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """out[e] ``[M, N]`` = left_e^T right_e over the rows of expert e; 0 where it has none.
 
     One of the operands is in the order of the sort, the other one in that of the tokens. Rows past
-    the expert's end are selected to 0 in both: they are another expert's, and may hold NaN.
+    the expert's end are 0 in both, not multiplied by 0: they are another expert's, and may hold
+    NaN.
     """
     n_m, n_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), E * n_m * n_n, NUM_PROGRAMS, flatten=FLATTEN):
+    for tile in tl.range(tl.program_id(0), E * n_m * n_n, NUM_PROGRAMS):
         expert = tile // (n_m * n_n)
         m, n = swizzled_tile(tile % (n_m * n_n), n_m, n_n, GROUP_M)
         begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-        offs_m = m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        row, column = m * BLOCK_M, n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, tl.maximum(end - begin, 1), BLOCK_K):
-            rows = begin + k + tl.arange(0, BLOCK_K)
-            in_rows = rows < end
+        for k in range(0, end - begin, BLOCK_K):
             a = load_routed(
-                left, order_ptr, rows, in_rows, stride_lm, offs_m, M, GATHER_LEFT, TOP_K, EVEN_M
-            )
+                left, order_ptr, begin, end, k, stride_lm, row, M, GATHER_LEFT, USE_TMA, TOP_K,
+                EVEN_M, BLOCK_K, BLOCK_M,
+            )  # fmt: skip
             b = load_routed(
-                right, order_ptr, rows, in_rows, stride_rm, offs_n, N, not GATHER_LEFT, TOP_K,
-                EVEN_N,
+                right, order_ptr, begin, end, k, stride_rm, column, N, not GATHER_LEFT, USE_TMA,
+                TOP_K, EVEN_N, BLOCK_K, BLOCK_N,
             )  # fmt: skip
             if UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-        at = out_ptr + (tl.cast(expert, tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        if ACCUMULATE:
-            acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        offs_row = tl.cast(expert, tl.int64) * M + row + tl.arange(0, BLOCK_M)
+        mask_m = row + tl.arange(0, BLOCK_M) < M
+        add_columns(acc, out_ptr, offs_row, mask_m, column, N, ACCUMULATE, BLOCK_M, BLOCK_N, 32)
 
 
 @triton.jit(do_not_specialize=["total"])

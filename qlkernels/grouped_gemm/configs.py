@@ -59,12 +59,16 @@ SWIGLU_BACKWARD_CONFIG = _table(
     Tiles(128, 128, 64, 8, 8, 3, 2), Tiles(64, 128, 64, 8, 4, 4),
     Tiles(128, 128, 64, 8, 8, 3), Tiles(64, 128, 64, 8, 4, 4), _POINTER,
 )  # fmt: skip
-# two loads deep (row numbers, then rows): 7 stages are 4 buffers. The rows are the K of this
-# product; there is nothing to tile by.
+# Products over the rows, left^T right. The gathered operand (left for w_down, right for w_gate_up)
+# is two loads deep, row numbers and then rows, so 7 stages are 4 buffers; and it costs a thread the
+# most instructions, so its side of the tile is the short one.
 _DW_POINTER = _POINTER | {("pointer", 2): Tiles(128, 64, 32, 8, 8, 5)}
-DW_CONFIG = _table(
-    Tiles(128, 256, 64, 8, 8, 7), Tiles(128, 256, 64, 8, 8, 7),
-    Tiles(128, 128, 64, 8, 8, 7), Tiles(128, 128, 64, 8, 8, 7), _DW_POINTER,
+_DW_100 = Tiles(128, 128, 64, 8, 8, 7)
+DW_DOWN_CONFIG = _table(
+    Tiles(128, 256, 64, 8, 8, 7), Tiles(128, 256, 64, 8, 8, 7), _DW_100, _DW_100, _DW_POINTER,
+)  # fmt: skip
+DW_GATE_UP_CONFIG = _table(
+    Tiles(256, 128, 64, 8, 8, 7), Tiles(256, 128, 64, 8, 8, 7), _DW_100, _DW_100, _DW_POINTER,
 )  # fmt: skip
 # whether the rows of gate-up are copied into the order of the experts and then come by the copy
 # engine, or are gathered in the kernel

@@ -100,6 +100,22 @@ def _descriptor(x: torch.Tensor, block: list[int]):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
+def bounded_descriptor(x: torch.Tensor, block: list[int]):
+    """Descriptor by which the copy engine reads rows [begin, end) of ``x [rows, N]``, and zeros
+    from ``end`` on.
+
+    It has a row dimension of 2**30 rows that is read at 2**30 - (end - begin) + k, so the segment
+    ends where the dimension does; two more dimensions move the address back to row begin + k,
+    through 2**64: at 2**30 of the first one it is 2**30 rows back, at ``end`` of the second one
+    ``end`` rows forth.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    stride, most = x.stride(0), 0x7FFF0000
+    strides = [2**34 - stride, stride, stride, 1]
+    return TensorDescriptor(x, [most, most, 2**30, x.shape[1]], strides, [1, 1, *block])
+
+
 def _grid(options: dict, tiles: int) -> tuple[int]:
     return (max(1, min(options["NUM_PROGRAMS"], tiles)),)
 
@@ -262,12 +278,21 @@ def weight_gradient(
     """
     E, M, N = out.shape
     path = configs.path_of(left, right)
-    tiles = configs.pick(configs.DW_CONFIG, path, left.element_size(), rows.total, E)
+    if rows.total > 2**30:  # more than the bounded descriptor can address
+        path = "pointer"
+    table = configs.DW_DOWN_CONFIG if gather_left else configs.DW_GATE_UP_CONFIG
+    tiles = configs.pick(table, path, left.element_size(), rows.total, E)
     options = configs.launch_options(tiles, left.dtype, left.device)
+    options["USE_TMA"] = configs.uses_tma(path)
     n_tiles = E * triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
+    operands = [left, right]
+    if options["USE_TMA"]:
+        if gather_left:
+            operands[1] = bounded_descriptor(right, [tiles.block_k, tiles.block_n])
+        else:
+            operands[0] = bounded_descriptor(left, [tiles.block_k, tiles.block_m])
     weight_gradient_kernel[_grid(options, n_tiles)](
-        left, right, out, rows.sort_order, rows.expert_offsets, left.stride(0), right.stride(0),
+        *operands, out, rows.sort_order, rows.expert_offsets, left.stride(0), right.stride(0),
         M, N, E, GATHER_LEFT=gather_left, TOP_K=rows.top_k, ACCUMULATE=accumulate,
-        EVEN_M=M % tiles.block_m == 0, EVEN_N=N % tiles.block_n == 0,
-        FLATTEN=configs.uses_tma(path), **options,
+        EVEN_M=M % tiles.block_m == 0, EVEN_N=N % tiles.block_n == 0, **options,
     )  # fmt: skip

@@ -66,6 +66,8 @@ def _products(name, kernel, table, choices, descriptors, flags=lambda path: {}):
                         signature[operand] = f"tensordesc<{dtype}{block}>"
                 elif constexprs.get("IS_GATHERED"):
                     continue
+                if constexprs.get("ACCUMULATE"):  # into an fp32 buffer
+                    signature["out_ptr"] = "*fp32"
                 common = dict(
                     UPCAST=False, PRECISION="tf32" if size == 2 else "ieee",
                     BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
@@ -119,17 +121,23 @@ def aot_variants():
         {"": top_k | dict(STORE_DH=True, STORE_A=True, PART=configs.SHARE)},
         lambda t, _: dict(w=[1, t.block_k, t.block_n]), _even_and_tma,
     )  # fmt: skip
-    even = dict(EVEN_M=True, EVEN_N=True)
-    dw = {
-        "down": dict(GATHER_LEFT=True, ACCUMULATE=False),
-        "gate_up": dict(GATHER_LEFT=False, ACCUMULATE=False),
-        "gate_up-added": dict(GATHER_LEFT=False, ACCUMULATE=True),
-    }
-    found += _products(
-        "dw", weight_gradient_kernel, configs.DW_CONFIG,
-        {label: top_k | even | flags for label, flags in dw.items()}, lambda t, _: {},
-        lambda path: dict(FLATTEN=configs.uses_tma(path)),
-    )  # fmt: skip
+    even = dict(EVEN_M=True, EVEN_N=True) | top_k
+
+    def dw_blocks(t, flags):
+        if flags["GATHER_LEFT"]:
+            return dict(right=[1, 1, t.block_k, t.block_n])
+        return dict(left=[1, 1, t.block_k, t.block_m])
+
+    for name, table, gather_left in (
+        ("dw_down", configs.DW_DOWN_CONFIG, True),
+        ("dw_gate_up", configs.DW_GATE_UP_CONFIG, False),
+    ):
+        flags = even | dict(GATHER_LEFT=gather_left)
+        choices = {"": flags | dict(ACCUMULATE=False), "added": flags | dict(ACCUMULATE=True)}
+        found += _products(
+            name, weight_gradient_kernel, table, choices, dw_blocks,
+            lambda path: dict(USE_TMA=configs.uses_tma(path)),
+        )  # fmt: skip
     rows = _signature("bf16")
     for whole in (True, False):
         constexprs = dict(WHOLE=whole, BLOCK_M=128, BLOCK_E=128, BLOCK_TILES=64)

@@ -94,7 +94,7 @@ def test_another_experts_nan_stays_there():
 def test_configurations_of_a_path_add_in_one_order():
     tables = (
         configs.GATE_UP_CONFIG, configs.DOWN_CONFIG, configs.DX_CONFIG,
-        configs.SWIGLU_BACKWARD_CONFIG, configs.DW_CONFIG,
+        configs.SWIGLU_BACKWARD_CONFIG, configs.DW_DOWN_CONFIG, configs.DW_GATE_UP_CONFIG,
     )  # fmt: skip
     for table in tables:
         for path, size, _ in table:

@@ -171,7 +171,7 @@ def test_other_tokens_change_no_bit(saved):
 def test_gathering_by_copy_changes_no_bit(saved, monkeypatch):
     """Through the descriptors of the copy engine, with and without a copy of x beforehand."""
     inputs, upstream, want = saved
-    for name in ("GATE_UP", "DOWN", "DX", "SWIGLU_BACKWARD", "DW"):
+    for name in ("GATE_UP", "DOWN", "DX", "SWIGLU_BACKWARD", "DW_DOWN", "DW_GATE_UP"):
         table = getattr(configs, f"{name}_CONFIG")
         for rows in ("many", "few"):
             tiles = table["interpreter", 4, rows]
@@ -407,6 +407,25 @@ def test_gpu_qwen3_layer(T, ids):
         torch.testing.assert_close(
             found[name].float(), want[name].float(), rtol=0, atol=0.02 * float(scale), msg=name
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [40, 2000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_gradients_are_added_to_buffers(dtype, T):
+    """The sum is taken in fp32 and rounded once, so the bits are known."""
+    inputs, upstream = make(T, *QWEN3, torch.bfloat16, ids="zipf", device="cuda")
+    weights = ("w_gate_up", "w_down")
+    fresh = [torch.zeros_like(inputs[n], dtype=torch.float32) for n in weights]
+    run(inputs, upstream, impl="triton", grad_buffers=tuple(fresh))
+    want = run(inputs, upstream, impl="triton")
+    for name, buffer in zip(weights, fresh, strict=True):
+        assert torch.equal(buffer.bfloat16(), want[f"d{name}"])
+    before = [torch.randn_like(inputs[n]).to(dtype) for n in weights]
+    buffers = [b.clone() for b in before]
+    run(inputs, upstream, impl="triton", grad_buffers=tuple(buffers))
+    for buffer, old, new in zip(buffers, before, fresh, strict=True):
+        assert torch.equal(buffer, (old.float() + new).to(dtype))
 
 
 @pytest.mark.gpu
