@@ -1,4 +1,4 @@
-"""What a model or a user wrote, in every form: memory, plan, stop, thinking, the split of a query."""
+"""What a model or a user wrote, in every form: memory, plan, stop, thinking, split queries."""
 
 import pytest
 
