@@ -1,425 +1,155 @@
-// What the warps of row_ring.cu do: copying chunks into the ring, summing, writing gradients, finishing rows.
+// What the warps of row_ring.cu do: planning and finishing rows, reading them, summing, writing gradients.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#include "mbarrier.cuh"
-#include "rows.cuh"
+#include "row_ring_rows.cuh"
 
 namespace {
 
-constexpr int kReaders = 512;
-constexpr int kReaderWarps = kReaders / 32;
-constexpr int kRingThreads = kReaders + 64;
-constexpr int kVectors = 1024;  // 16-byte vectors a chunk
-constexpr int kChunkBytes = 16 * kVectors;
-constexpr int kSlots = 13;
-constexpr int kMostRanks = 8;
-
-enum class Mode { kForward, kBackward, kBoth };
-
-struct Shared {
-  alignas(128) unsigned char ring[kSlots][kChunkBytes];
-  std::uint64_t full[kSlots], empty[kSlots];
-  // Two rows under way: parts of the summing warps of every rank, and the target's logit.
-  std::uint64_t done[2], taken[2];
-  float m[2][kMostRanks * kReaderWarps], s[2][kMostRanks * kReaderWarps], q[2][kMostRanks * kReaderWarps];
-  float target[2];
-};
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-constexpr int kCopyWarp = kReaderWarps;  // the warp after it finishes rows
-constexpr unsigned kAll = 0xffffffffu;
-
-// Place in the ring, and the parity of its barriers.
-struct Place {
-  int slot = 0;
-  std::uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// The part of a row that one rank reads: vectors [first, end), and elements [tail, V) for the last rank.
-struct Share {
-  int first, end, tail;
-  __device__ __forceinline__ int chunks() const { return (end - first + kVectors - 1) / kVectors; }
-};
-
-template <class E>
-__device__ __forceinline__ Share share_of(int V, int rank, int ranks) {
-  const int vectors = V / E::kVector, each = (vectors + ranks - 1) / ranks;
-  Share share;
-  share.first = min(vectors, rank * each);
-  share.end = min(vectors, share.first + each);
-  share.tail = rank == ranks - 1 ? vectors * E::kVector : V;
-  return share;
-}
-
-// The target's place in the share: its chunk and vector, or the tail, and the reader of kGroup that comes upon it.
-struct TargetPlace {
-  int chunk = -1, vector = -1, element = 0, reader = -1;
-};
-
-template <class E, int kGroup>
-__device__ __forceinline__ TargetPlace find_target(std::int64_t y, const Share& share, int V) {
-  TargetPlace found;
-  if (y < 0 || y >= V) return found;
-  const int vector = static_cast<int>(y) / E::kVector;
-  if (vector >= share.first && vector < share.end) {
-    found.chunk = (vector - share.first) / kVectors;
-    found.vector = (vector - share.first) % kVectors;
-    found.element = static_cast<int>(y) % E::kVector;
-    found.reader = found.vector % kGroup;
-  } else if (y >= share.tail) {
-    found.chunk = share.chunks();
-    found.reader = static_cast<int>(y) - share.tail;
-  }
-  return found;
-}
-
-struct Row {
-  bool is_masked;
-  float g_logprob = 0.0f, g_entropy = 0.0f, g_lse = 0.0f;
-  bool is_live;      // has an upstream gradient
-  bool is_read;      // goes through the ring
-  bool is_left_out;  // to the other kernel
-};
-
-template <class E, Mode kMode>
-__device__ __forceinline__ Row row_of(const ql::LogprobEntropyGrad& args, std::int64_t t) {
-  Row row;
-  row.is_masked = args.row_mask && !args.row_mask[t];
-  row.is_left_out = false;
-  if constexpr (kMode == Mode::kForward) {
-    row.is_live = false;
-    row.is_read = !row.is_masked;
-  } else {
-    row.g_logprob = args.g_logprobs ? args.g_logprobs[t] : 0.0f;
-    row.g_entropy = args.g_entropy ? args.g_entropy[t] : 0.0f;
-    row.g_lse = args.g_lse ? args.g_lse[t] : 0.0f;
-    row.is_live = !row.is_masked && !(row.g_logprob == 0.0f && row.g_entropy == 0.0f && row.g_lse == 0.0f);
-    row.is_read = !row.is_masked;
-    if constexpr (kMode == Mode::kBackward) {
-      row.is_left_out = row.is_live && fabsf(args.lse[t]) >= E::kRefineLse;
-      row.is_read = row.is_live && !row.is_left_out;
-    }
-  }
-  return row;
-}
-
-__device__ __forceinline__ float nan_value() { return __int_as_float(0x7fffffff); }
-
-// Merges what the lanes hold; lane 0 has the result.
-__device__ __forceinline__ Part<float> warp_merge(Part<float> part, float alpha) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    Part<float> other;
-    other.m = __shfl_down_sync(kAll, part.m, distance);
-    other.s = __shfl_down_sync(kAll, part.s, distance);
-    other.q = __shfl_down_sync(kAll, part.q, distance);
-    part = merge(part, other, alpha);
-  }
-  return part;
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(kAll, x, distance);
-  return x;
-}
-
-// The parts of all ranks, in a fixed order; lane 0 has the result.
-__device__ __forceinline__ Part<float> merge_parts(const Shared& shared, int parity, int count, int lane, float alpha) {
-  Part<float> part;
-  for (int i = lane; i < count; i += 32) {
-    Part<float> next;
-    next.m = shared.m[parity][i];
-    next.s = shared.s[parity][i];
-    next.q = shared.q[parity][i];
-    part = merge(part, next, alpha);
-  }
-  return warp_merge(part, alpha);
-}
-
-__device__ __forceinline__ Part<float> with_target(const Part<float>& rest, float v, float alpha) {
-  Part<float> target;
-  target.m = v > kLowestLogit ? v : kLowestLogit;
-  add_element(v, target.m, alpha, target.s, target.q);
-  return merge(rest, target, alpha);
-}
-
-// One vector of a chunk. The target is taken out: its place holds -inf, whose probability is 0.
-template <class E>
-__device__ __forceinline__ void load_vector(const unsigned char* chunk, int vector, bool has_target,
-                                            const TargetPlace& target, float& v_target, float (&x)[E::kVector]) {
-  E::unpack(reinterpret_cast<const uint4*>(chunk)[vector], x);
-  if (has_target && vector == target.vector) {
-#pragma unroll
-    for (int k = 0; k < E::kVector; ++k) {
-      if (k == target.element) {
-        v_target = x[k];
-        x[k] = -INFINITY;
-      }
-    }
-  }
-}
-
-// The value of a logit; -inf stays what it is under a soft-cap too, because it marks the target's place.
-template <bool kCap>
-__device__ __forceinline__ float marked_value(float logit, float gain) {
-  if constexpr (!kCap) return logit;
-  return logit == -INFINITY ? -INFINITY : value_of<kCap>(logit, gain);
-}
-
-template <class E, Mode kMode>
-__device__ __forceinline__ void copy_rows(const ql::LogprobEntropyGrad& args, Shared& shared, int rank, int ranks,
-                                          std::int64_t first_row, std::int64_t row_step) {
-  Place place;
-  const Share share = share_of<E>(static_cast<int>(args.V), rank, ranks);
-  for (std::int64_t t = first_row; t < args.T; t += row_step) {
-    if (!row_of<E, kMode>(args, t).is_read) continue;
-    const auto* row = static_cast<const typename E::Storage*>(args.logits) + t * args.stride_t;
-    const uint4* vectors = reinterpret_cast<const uint4*>(row);
-    for (int at = share.first; at < share.end; at += kVectors, place.advance()) {
-      barrier_wait(&shared.empty[place.slot], place.parity ^ 1);
-      const std::uint32_t bytes = 16u * min(kVectors, share.end - at);
-      barrier_expect(&shared.full[place.slot], bytes);
-      bulk_copy(shared.ring[place.slot], vectors + at, bytes, &shared.full[place.slot]);
-    }
-  }
-}
-
-// Of forward and backward: what is left of a row when its chunks are read.
-template <class E, bool kCap, Mode kMode>
+// Forward: what is left of a row when its chunks are read.
+template <class E, bool kCap>
 __device__ __forceinline__ void finish_rows(const ql::LogprobEntropyGrad& args, Shared& shared, int lane,
                                             std::int64_t first_row, std::int64_t row_step) {
   int count = 0;
-  const int V = static_cast<int>(args.V);
   for (std::int64_t t = first_row; t < args.T; t += row_step) {
-    const Row row = row_of<E, kMode>(args, t);
-    if (!row.is_read) continue;
+    if (!row_of<E, Mode::kForward>(args, t).is_read) continue;
+    const RowScale scale = scale_of(args, t);
+    const std::int64_t y = args.target[t];
     const int parity = count & 1;
     barrier_wait(&shared.done[parity], count >> 1 & 1);
     ++count;
-    const RowScale scale = scale_of(args, t);
-    const std::int64_t y = args.target[t];
-    const bool has_target = 0 <= y && y < V;
-    if constexpr (kMode == Mode::kForward) {
-      Part<float> all = merge_parts(shared, parity, kReaderWarps, lane, scale.alpha);
+    Part<float> all = merge_parts(shared, parity, kReaderWarps, lane, scale.alpha);
+    if (lane == 0) {
+      float v = nan_value();
+      if (0 <= y && y < args.V) {
+        v = value_of<kCap>(shared.target[parity], scale.gain);
+        all = with_target(all, v, scale.alpha);
+      }
+      const Scores scores = finish(all, scale.alpha, v);
+      args.logprobs[t] = scores.logprob;
+      args.entropy[t] = scores.entropy;
+      args.lse[t] = scores.lse;
+      barrier_arrive(&shared.taken[parity]);
+    }
+    __syncwarp();
+  }
+}
+
+// Backward: plans a row two rows ahead of the readers, and writes the target's entry when they are done with it.
+template <class E, bool kCap>
+__device__ __forceinline__ void plan_backward(const ql::LogprobEntropyGrad& args, Shared& shared, int lane,
+                                              std::int64_t first_row, std::int64_t row_step) {
+  const auto finish_row = [&](std::int64_t t, int n) {
+    const int parity = n & 1;
+    barrier_wait(&shared.done[parity], n >> 1 & 1);
+    const Plan& plan = shared.plan[parity];
+    if (!plan.is_read || plan.y < 0 || plan.y >= args.V) return;
+    const float rest = warp_sum(lane < kReaderWarps ? shared.s[parity][lane] : 0.0f);
+    if (lane != 0) return;
+    float v = shared.target[parity], slope = 1.0f;
+    if constexpr (kCap) tanh_and_slope(v * plan.scale.gain, v, slope);
+    const Row row = row_of<E, Mode::kBackward>(args, t);
+    const float du = target_gradient(plan.scale, plan.g, v, rest, args.entropy[t], row.g_logprob, row.g_entropy,
+                                     row.g_lse);
+    (static_cast<typename E::Storage*>(args.dlogits) + t * args.dstride_t)[plan.y] = E::narrow(slope * du);
+  };
+  int n = 0;
+  std::int64_t t = first_row;
+  for (; t < args.T; t += row_step, ++n) {
+    Plan plan{};
+    const Row row = row_of<E, Mode::kBackward>(args, t);
+    plan.is_read = row.is_read;
+    plan.is_live = row.is_live;
+    plan.is_left_out = row.is_left_out;
+    if (row.is_read) {
+      plan.y = args.target[t];
+      plan.scale = scale_of(args, t);
+      const bool has_target = 0 <= plan.y && plan.y < args.V;
+      plan.g = row_gradient(plan.scale, offset_of(args.lse[t], plan.scale.alpha), args.entropy[t],
+                            has_target ? row.g_logprob : nan_value(), row.g_entropy, row.g_lse);
+    }
+    if (n >= 2) finish_row(t - 2 * row_step, n - 2);
+    __syncwarp();
+    if (lane == 0) {
+      shared.plan[n & 1] = plan;
+      barrier_arrive(&shared.ready[n & 1]);
+    }
+    __syncwarp();
+  }
+  if (n >= 2) finish_row(t - 2 * row_step, n - 2);
+  if (n >= 1) finish_row(t - row_step, n - 1);
+}
+
+// Both: merges the sums of a row, writes its scores, and plans its gradient.
+template <class E, bool kCap>
+__device__ __forceinline__ void plan_both(const ql::LogprobEntropyGrad& args, Shared& shared, int rank, int ranks,
+                                          int lane, std::int64_t first_row, std::int64_t row_step) {
+  int n = 0, count = 0;
+  for (std::int64_t t = first_row; t < args.T; t += row_step, ++n) {
+    const Row row = row_of<E, Mode::kBoth>(args, t);
+    Plan plan{};
+    plan.is_read = row.is_read;
+    plan.is_live = row.is_live;
+    float logprob = 0.0f, entropy = 0.0f, lse = 0.0f;
+    if (row.is_read) {
+      plan.scale = scale_of(args, t);
+      plan.y = args.target[t];
+      const bool has_target = 0 <= plan.y && plan.y < args.V;
+      const int parity = count & 1;
+      barrier_wait_cluster(&shared.done[parity], count >> 1 & 1);
+      ++count;
+      const Part<float> others = merge_parts(shared, parity, ranks * kSummerWarps, lane, plan.scale.alpha);
+      float v = has_target ? shared.target[parity] : nan_value(), slope = 1.0f;
+      __syncwarp();
+      if (lane < ranks) barrier_arrive_in(&shared.taken[parity], lane);  // what rank r's warps sent is read
       if (lane == 0) {
-        float v = nan_value();
-        if (has_target) {
-          v = value_of<kCap>(shared.target[parity], scale.gain);
-          all = with_target(all, v, scale.alpha);
-        }
-        const Scores scores = finish(all, scale.alpha, v);
-        args.logprobs[t] = scores.logprob;
-        args.entropy[t] = scores.entropy;
-        args.lse[t] = scores.lse;
+        if constexpr (kCap) tanh_and_slope(v * plan.scale.gain, v, slope);
+        const Part<float> all = has_target ? with_target(others, v, plan.scale.alpha) : others;
+        const Scores scores = finish(all, plan.scale.alpha, v);
+        logprob = scores.logprob;
+        entropy = scores.entropy;
+        lse = scores.lse;
+        plan.g = row_gradient(plan.scale, offset_of(all), entropy, has_target ? row.g_logprob : nan_value(),
+                              row.g_entropy, row.g_lse);
+        const float rest = others.s * pow2(clamp_exponent(plan.scale.alpha * (others.m - all.m))) / all.s;
+        plan.du_target = slope * target_gradient(plan.scale, plan.g, v, rest, entropy, row.g_logprob, row.g_entropy,
+                                                 row.g_lse);
       }
-    } else {
-      const float rest = warp_sum(lane < kReaderWarps ? shared.s[parity][lane] : 0.0f);
-      if (lane == 0 && has_target) {
-        float v = shared.target[parity], slope = 1.0f;
-        if constexpr (kCap) tanh_and_slope(v * scale.gain, v, slope);
-        const float entropy = args.entropy[t];
-        const RowGradient g =
-            row_gradient(scale, offset_of(args.lse[t], scale.alpha), entropy, row.g_logprob, row.g_entropy, row.g_lse);
-        const float du =
-            target_gradient(scale, g, v, rest, entropy, row.g_logprob, row.g_entropy, row.g_lse);
-        auto* out = static_cast<typename E::Storage*>(args.dlogits) + t * args.dstride_t;
-        out[y] = E::narrow(slope * du);
+    }
+    barrier_wait(&shared.used[n & 1], (n >> 1 & 1) ^ 1);
+    if (lane == 0) {
+      shared.plan[n & 1] = plan;
+      barrier_arrive(&shared.ready[n & 1]);
+      if (rank == 0) {
+        args.logprobs[t] = logprob;
+        args.entropy[t] = entropy;
+        args.lse[t] = lse;
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.taken[parity]);
   }
 }
 
-template <class E, int kGroup>
-__device__ __forceinline__ void write_zeros(typename E::Storage* out, const Share& share, int V, int reader) {
-  uint4* vectors = reinterpret_cast<uint4*>(out);
-  for (int i = share.first + reader; i < share.end; i += kGroup) __stcs(vectors + i, uint4{0, 0, 0, 0});
-  if (share.tail + reader < V) out[share.tail + reader] = E::narrow(0.0f);
-}
-
-// Adds the reader's vectors of a chunk to its part.
-template <class E, bool kCap, int kGroup>
-__device__ __forceinline__ void sum_chunk(const unsigned char* chunk, int count, int reader, bool has_target,
-                                          const TargetPlace& target, const RowScale& scale, float& v_target,
-                                          Part<float>& part) {
-#pragma unroll
-  for (int pair = 0; pair < kVectors / kGroup; pair += 2) {
-    float v[2 * E::kVector];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int vector = reader + (pair + j) * kGroup;
-      float x[E::kVector];
-      if (vector < count) {
-        load_vector<E>(chunk, vector, has_target, target, v_target, x);
-      } else {
-#pragma unroll
-        for (int k = 0; k < E::kVector; ++k) x[k] = -INFINITY;
-      }
-#pragma unroll
-      for (int k = 0; k < E::kVector; ++k) v[j * E::kVector + k] = marked_value<kCap>(x[k], scale.gain);
-    }
-    accumulate(v, scale.alpha, part);
-  }
-}
-
-// The gradient of one logit; 0 where the target was.
-template <bool kCap>
-__device__ __forceinline__ float gradient_of(float logit, const RowScale& scale, const RowGradient& g, float& rest) {
-  float v = logit, slope = 1.0f;
-  if constexpr (kCap) {
-    tanh_and_slope(logit * scale.gain, v, slope);
-    if (logit == -INFINITY) v = -INFINITY;
-  }
-  return slope * element_gradient(v, scale.alpha, g, rest);
-}
-
-// The gradient of the reader's vectors of a chunk; out is that of the chunk's first element.
-template <class E, bool kCap, int kGroup>
-__device__ __forceinline__ void write_chunk(const unsigned char* chunk, int count, typename E::Storage* out, int reader,
-                                            bool has_target, const TargetPlace& target, const RowScale& scale,
-                                            const RowGradient& g, float& v_target, float& rest) {
-#pragma unroll
-  for (int j = 0; j < kVectors / kGroup; ++j) {
-    const int vector = reader + j * kGroup;
-    if (vector >= count) break;
-    float x[E::kVector];
-    load_vector<E>(chunk, vector, has_target, target, v_target, x);
-#pragma unroll
-    for (int k = 0; k < E::kVector; ++k) x[k] = gradient_of<kCap>(x[k], scale, g, rest);
-    __stcs(reinterpret_cast<uint4*>(out) + vector, E::pack(x));
-  }
-}
-
-// Rows as one group of warps sees them: the common part of reading, summing and writing.
-template <class E, Mode kMode, int kGroup>
-struct Rows {
-  using Storage = typename E::Storage;
-  const ql::LogprobEntropyGrad& args;
-  Shared& shared;
-  const int rank, reader, lane, warp, V;
-  const Share share;
-  const int chunks;
-  Place place;
-  int count = 0;  // rows that went through the ring
-
-  __device__ __forceinline__ Rows(const ql::LogprobEntropyGrad& args, Shared& shared, int rank, int ranks, int reader)
-      : args(args), shared(shared), rank(rank), reader(reader), lane(reader % 32), warp(reader / 32),
-        V(static_cast<int>(args.V)), share(share_of<E>(V, rank, ranks)), chunks(share.chunks()) {}
-
-  __device__ __forceinline__ const Storage* source(std::int64_t t) const {
-    return static_cast<const Storage*>(args.logits) + t * args.stride_t;
-  }
-  __device__ __forceinline__ Storage* out(std::int64_t t) const {
-    return static_cast<Storage*>(args.dlogits) + t * args.dstride_t;
-  }
-  __device__ __forceinline__ bool has_tail() const { return share.tail + reader < V; }
-  __device__ __forceinline__ int size_of(int chunk) const {
-    return min(kVectors, share.end - share.first - chunk * kVectors);
-  }
-  __device__ __forceinline__ int first_of(int chunk) const { return (share.first + chunk * kVectors) * E::kVector; }
-
-  // A row that is not read: zeros where the group writes them.
-  __device__ __forceinline__ void pass_over(const Row& row, std::int64_t t, bool writes_scores, bool writes_gradient) {
-    if (writes_gradient && !row.is_left_out) write_zeros<E, kGroup>(out(t), share, V, reader);
-    if (writes_scores && reader == 0 && rank == 0) args.logprobs[t] = args.entropy[t] = args.lse[t] = 0.0f;
-  }
-
-  __device__ __forceinline__ void wait(const Place& at) { barrier_wait(&shared.full[at.slot], at.parity); }
-  __device__ __forceinline__ void release(const Place& at) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.empty[at.slot]);
-  }
-
-  // The sums of a row; lane 0 of each warp gets those of its warp.
-  template <bool kCap, bool kRelease>
-  __device__ __forceinline__ Part<float> sum_row(std::int64_t t, const TargetPlace& target, const RowScale& scale,
-                                                 float& v_target) {
-    Part<float> part;
-    float tail = has_tail() ? E::widen(source(t)[share.tail + reader]) : -INFINITY;
-    for (int c = 0; c < chunks; ++c, place.advance()) {
-      wait(place);
-      const bool here = c == target.chunk && reader == target.reader;
-      sum_chunk<E, kCap, kGroup>(shared.ring[place.slot], size_of(c), reader, here, target, scale, v_target, part);
-      if constexpr (kRelease) release(place);
-    }
-    if (share.tail < V) {
-      if (chunks == target.chunk && reader == target.reader) {
-        v_target = tail;
-        tail = -INFINITY;
-      }
-      const float end[1] = {marked_value<kCap>(tail, scale.gain)};
-      accumulate(end, scale.alpha, part);
-    }
-    return warp_merge(part, scale.alpha);
-  }
-
-  // The gradient of a row; the target's place gets 0, and its reader the logit. Returns the reader's probabilities.
-  template <bool kCap>
-  __device__ __forceinline__ float write_row(std::int64_t t, const TargetPlace& target, const RowScale& scale,
-                                             const RowGradient& g, float& v_target) {
-    float rest = 0.0f;
-    Storage* to = out(t);
-    float tail = has_tail() ? E::widen(source(t)[share.tail + reader]) : -INFINITY;
-    for (int c = 0; c < chunks; ++c, place.advance()) {
-      wait(place);
-      const bool here = c == target.chunk && reader == target.reader;
-      write_chunk<E, kCap, kGroup>(shared.ring[place.slot], size_of(c), to + first_of(c), reader, here, target, scale,
-                                   g, v_target, rest);
-      release(place);
-    }
-    if (has_tail()) {
-      if (chunks == target.chunk && reader == target.reader) {
-        v_target = tail;
-        tail = -INFINITY;
-      }
-      to[share.tail + reader] = E::narrow(gradient_of<kCap>(tail, scale, g, rest));
-    }
-    return rest;
-  }
-};
-
-// Forward and backward: the reader warps. Lane 0 of a warp hands over what the warp found, the target's logit too.
-template <class E, bool kCap, Mode kMode>
-__device__ __forceinline__ void read_rows(const ql::LogprobEntropyGrad& args, Shared& shared, std::int64_t first_row,
-                                          std::int64_t row_step) {
-  Rows<E, kMode, kReaders> rows(args, shared, 0, 1, threadIdx.x);
+// Forward: the reader warps. Lane 0 of a warp hands over what the warp found, the target's logit too.
+template <class E, bool kCap>
+__device__ __forceinline__ void read_forward(const ql::LogprobEntropyGrad& args, Shared& shared, std::int64_t first_row,
+                                             std::int64_t row_step) {
+  Rows<E, kReaders> rows(args, shared, 0, 1, threadIdx.x);
+  int count = 0;
   for (std::int64_t t = first_row; t < args.T; t += row_step) {
-    const Row row = row_of<E, kMode>(args, t);
-    if (!row.is_read) {
-      rows.pass_over(row, t, kMode == Mode::kForward, kMode == Mode::kBackward);
+    if (!row_of<E, Mode::kForward>(args, t).is_read) {
+      if (rows.reader == 0) args.logprobs[t] = args.entropy[t] = args.lse[t] = 0.0f;
       continue;
     }
     const RowScale scale = scale_of(args, t);
-    const std::int64_t y = args.target[t];
-    const TargetPlace target = find_target<E, kReaders>(y, rows.share, rows.V);
+    const TargetPlace target = find_target<E, kReaders>(args.target[t], rows.share, rows.V);
     float v_target = 0.0f;
-    Part<float> part;
-    if constexpr (kMode == Mode::kForward) {
-      part = rows.template sum_row<kCap, true>(t, target, scale, v_target);
-    } else {
-      const bool has_target = 0 <= y && y < rows.V;
-      const RowGradient g = row_gradient(scale, offset_of(args.lse[t], scale.alpha), args.entropy[t],
-                                         has_target ? row.g_logprob : nan_value(), row.g_entropy, row.g_lse);
-      part.s = warp_sum(rows.template write_row<kCap>(t, target, scale, g, v_target));
-    }
-    const bool holds_target = target.reader >= 0 && target.reader / 32 == rows.warp;
-    if (holds_target) v_target = __shfl_sync(kAll, v_target, target.reader % 32);
-    const int parity = rows.count & 1;
-    barrier_wait(&shared.taken[parity], (rows.count >> 1 & 1) ^ 1);
-    ++rows.count;
-    __syncwarp();
+    const Part<float> part = rows.template sum_row<kCap, true>(t, target, scale, v_target);
+    const bool holds_target = rows.bring_target(target, v_target);
+    const int parity = count & 1;
+    barrier_wait(&shared.taken[parity], (count >> 1 & 1) ^ 1);
+    ++count;
     if (rows.lane == 0) {
       shared.m[parity][rows.warp] = part.m;
       shared.s[parity][rows.warp] = part.s;
@@ -427,97 +157,91 @@ __device__ __forceinline__ void read_rows(const ql::LogprobEntropyGrad& args, Sh
       if (holds_target) shared.target[parity] = v_target;
       barrier_arrive(&shared.done[parity]);
     }
+    __syncwarp();
   }
 }
 
-constexpr int kHalf = kReaders / 2, kHalfWarps = kHalf / 32;
+// Backward: the reader warps.
+template <class E, bool kCap>
+__device__ __forceinline__ void read_backward(const ql::LogprobEntropyGrad& args, Shared& shared,
+                                              std::int64_t first_row, std::int64_t row_step) {
+  Rows<E, kReaders> rows(args, shared, 0, 1, threadIdx.x);
+  int n = 0;
+  for (std::int64_t t = first_row; t < args.T; t += row_step, ++n) {
+    const int parity = n & 1;
+    barrier_wait(&shared.ready[parity], n >> 1 & 1);
+    const Plan plan = shared.plan[parity];
+    float sum = 0.0f, v_target = 0.0f;
+    bool holds_target = false;
+    if (plan.is_read) {
+      const TargetPlace target = find_target<E, kReaders>(plan.y, rows.share, rows.V);
+      sum = warp_sum(rows.template write_row<kCap>(t, target, plan.scale, plan.g, v_target));
+      holds_target = rows.bring_target(target, v_target);
+    } else if (!plan.is_left_out) {
+      write_zeros<E, kReaders>(rows.out(t), rows.share, rows.V, rows.reader);
+    }
+    __syncwarp();
+    if (rows.lane == 0) {
+      shared.s[parity][rows.warp] = sum;
+      if (holds_target) shared.target[parity] = v_target;
+      barrier_arrive(&shared.done[parity]);
+    }
+    __syncwarp();
+  }
+}
 
 // Both: the warps that form the sums, and send them to every rank.
 template <class E, bool kCap>
 __device__ __forceinline__ void sum_rows(const ql::LogprobEntropyGrad& args, Shared& shared, int rank, int ranks,
                                          std::int64_t first_row, std::int64_t row_step) {
-  Rows<E, Mode::kBoth, kHalf> rows(args, shared, rank, ranks, threadIdx.x);
+  Rows<E, kSummers> rows(args, shared, rank, ranks, threadIdx.x);
+  int count = 0;
   for (std::int64_t t = first_row; t < args.T; t += row_step) {
     if (!row_of<E, Mode::kBoth>(args, t).is_read) continue;
     const RowScale scale = scale_of(args, t);
-    const TargetPlace target = find_target<E, kHalf>(args.target[t], rows.share, rows.V);
+    const TargetPlace target = find_target<E, kSummers>(args.target[t], rows.share, rows.V);
     float v_target = 0.0f;
     Part<float> part = rows.template sum_row<kCap, false>(t, target, scale, v_target);
     part.m = __shfl_sync(kAll, part.m, 0);
     part.s = __shfl_sync(kAll, part.s, 0);
     part.q = __shfl_sync(kAll, part.q, 0);
-    const bool holds_target = target.reader >= 0 && target.reader / 32 == rows.warp;
-    if (holds_target) v_target = __shfl_sync(kAll, v_target, target.reader % 32);
-    const int parity = rows.count & 1;
-    barrier_wait_cluster(&shared.taken[parity], (rows.count >> 1 & 1) ^ 1);
-    ++rows.count;
-    __syncwarp();
+    const bool holds_target = rows.bring_target(target, v_target);
+    const int parity = count & 1;
+    barrier_wait_cluster(&shared.taken[parity], (count >> 1 & 1) ^ 1);
+    ++count;
     if (rows.lane < ranks) {  // lane r sends to rank r
-      const int i = rank * kHalfWarps + rows.warp;
+      const int i = rank * kSummerWarps + rows.warp;
       store_in(&shared.m[parity][i], part.m, rows.lane);
       store_in(&shared.s[parity][i], part.s, rows.lane);
       store_in(&shared.q[parity][i], part.q, rows.lane);
       if (holds_target) store_in(&shared.target[parity], v_target, rows.lane);
       barrier_arrive_in(&shared.done[parity], rows.lane);
     }
+    __syncwarp();
   }
 }
 
-// Both: the warps that write scores and gradients.
+// Both: the warps that write the gradient.
 template <class E, bool kCap>
 __device__ __forceinline__ void write_rows(const ql::LogprobEntropyGrad& args, Shared& shared, int rank, int ranks,
                                            std::int64_t first_row, std::int64_t row_step) {
-  Rows<E, Mode::kBoth, kHalf> rows(args, shared, rank, ranks, threadIdx.x - kHalf);
-  for (std::int64_t t = first_row; t < args.T; t += row_step) {
-    const Row row = row_of<E, Mode::kBoth>(args, t);
-    if (!row.is_read) {
-      rows.pass_over(row, t, true, true);
-      continue;
-    }
-    const RowScale scale = scale_of(args, t);
-    const std::int64_t y = args.target[t];
-    const bool has_target = 0 <= y && y < rows.V;
-    const TargetPlace target = find_target<E, kHalf>(y, rows.share, rows.V);
-    const int parity = rows.count & 1;
-    barrier_wait_cluster(&shared.done[parity], rows.count >> 1 & 1);
-    ++rows.count;
-    Part<float> others = merge_parts(shared, parity, ranks * kHalfWarps, rows.lane, scale.alpha);
-    others.m = __shfl_sync(kAll, others.m, 0);
-    others.s = __shfl_sync(kAll, others.s, 0);
-    others.q = __shfl_sync(kAll, others.q, 0);
-    float v = has_target ? shared.target[parity] : nan_value(), slope = 1.0f;
+  Rows<E, kWriters> rows(args, shared, rank, ranks, threadIdx.x - kSummers);
+  int n = 0;
+  for (std::int64_t t = first_row; t < args.T; t += row_step, ++n) {
+    const int parity = n & 1;
+    barrier_wait(&shared.ready[parity], n >> 1 & 1);
+    const Plan plan = shared.plan[parity];
     __syncwarp();
-    if (rows.lane < ranks) barrier_arrive_in(&shared.taken[parity], rows.lane);  // what rank r's warps sent is read
-    if constexpr (kCap) tanh_and_slope(v * scale.gain, v, slope);
-    const Part<float> all = has_target ? with_target(others, v, scale.alpha) : others;
-    float entropy = 0.0f;
-    if (rows.lane == 0) {
-      const Scores scores = finish(all, scale.alpha, v);
-      entropy = scores.entropy;
-      if (rows.warp == 0 && rank == 0) {
-        args.logprobs[t] = scores.logprob;
-        args.entropy[t] = scores.entropy;
-        args.lse[t] = scores.lse;
-      }
-    }
-    entropy = __shfl_sync(kAll, entropy, 0);
-    if (!row.is_live) {
-      for (int c = 0; c < rows.chunks; ++c, rows.place.advance()) {
-        rows.wait(rows.place);
-        rows.release(rows.place);
-      }
-      write_zeros<E, kHalf>(rows.out(t), rows.share, rows.V, rows.reader);
+    if (rows.lane == 0) barrier_arrive(&shared.used[parity]);
+    if (!plan.is_live) {
+      if (plan.is_read) rows.release_row();
+      write_zeros<E, kWriters>(rows.out(t), rows.share, rows.V, rows.reader);
       continue;
     }
-    const RowGradient g = row_gradient(scale, offset_of(all), entropy, has_target ? row.g_logprob : nan_value(),
-                                       row.g_entropy, row.g_lse);
+    const TargetPlace target = find_target<E, kWriters>(plan.y, rows.share, rows.V);
     float ignored;
-    rows.template write_row<kCap>(t, target, scale, g, ignored);
-    if (target.reader == rows.reader) {  // the reader that has just written 0 there
-      const float rest = others.s * pow2(clamp_exponent(scale.alpha * (others.m - all.m))) / all.s;
-      const float du = target_gradient(scale, g, v, rest, entropy, row.g_logprob, row.g_entropy, row.g_lse);
-      rows.out(t)[y] = E::narrow(slope * du);
-    }
+    rows.template write_row<kCap>(t, target, plan.scale, plan.g, ignored);
+    if (target.reader == rows.reader) rows.out(t)[plan.y] = E::narrow(plan.du_target);  // which has just written 0
   }
 }
 
