@@ -22,8 +22,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from qwenlong.engines import Engine
 from qwenlong.errors import InputError
 from qwenlong.models import DTYPES
 from qwenlong.storage import write_json
+
+T = TypeVar("T")
 
 FORMAT = 1
 ADAPTER_FILE = "adapter.pt"
@@ -150,6 +153,16 @@ def _differences(old: Any, new: Any, path: tuple = ()) -> list[tuple[tuple, Any,
 # --- writing -----------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class DiskPolicy:
+    """What happens on a full disk: older checkpoints but the newest are given up first, then the
+    call waits for room.
+    """
+
+    wait_s: float
+    report: Callable[[str], None]
+
+
 def save_checkpoint(
     out: Path,
     engine: Engine,
@@ -157,47 +170,46 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep: int,
-    disk_wait_s: float = 0.0,
-    report: Callable[[str], None] = print,
+    disk: DiskPolicy,
 ) -> Path:
     """Write one checkpoint and delete old ones, so that ``keep`` remain. A collective call.
-
-    On a full disk older checkpoints but the newest are given up first; then the call waits for
-    room, at most ``disk_wait_s`` seconds, before it raises.
 
     Args:
         out: folder of the run.
         state: JSON types; holds ``step``.
-        report: told when the disk is full.
+        disk: what to do when it is full.
 
     Raises:
         InputError: no room. The checkpoint before is still there.
     """
-    deadline = time.monotonic() + disk_wait_s
+    what = f"the checkpoint of step {state['step']}"
+    folder = _with_room(out, engine, disk, what, lambda: _write(out, engine, tokenizer, state))
+    if engine.rank == 0:
+        _prune(out, keep)
+    return folder
+
+
+def _with_room(out: Path, engine: Engine, disk: DiskPolicy, what: str, write: Callable[[], T]) -> T:
+    deadline = time.monotonic() + disk.wait_s
     while True:
-        problem: str | None = None
+        is_full, result = False, None
         try:
-            folder = _write(out, engine, tokenizer, state)
+            result = write()
         except Exception as error:  # torch and safetensors have errors of their own for it
             if not _means_full_disk(error, out):
                 raise
-            problem = " ".join(str(error).split())
-        problems = [p for p in engine.gather(problem) if p]
-        if not problems:
-            break
+            is_full = True
+        if not engine.largest(int(is_full)):
+            return result
         if engine.rank == 0:
             remove_partial(out)
             _prune(out, keep=1)
         if engine.largest(int(time.monotonic() >= deadline)):
             raise InputError(
-                f"{out} is full: the checkpoint of step {state['step']} cannot be written; make "
-                "room and go on with --resume."
+                f"{out} is full: {what} cannot be written; make room and go on with --resume."
             )
-        report(f"{out} is full; waiting for room ({problems[0]})")
-        time.sleep(min(5.0, max(0.05, disk_wait_s / 20)))
-    if engine.rank == 0:
-        _prune(out, keep)
-    return folder
+        disk.report(f"{out} is full: {what} waits for room")
+        time.sleep(min(5.0, max(0.05, disk.wait_s / 20)))
 
 
 def _write(out: Path, engine: Engine, tokenizer: Any, state: dict[str, Any]) -> Path:
@@ -242,8 +254,13 @@ def _write_model(
     tokenizer.save_pretrained(folder / "model")
 
 
-def write_export(folder: Path, engine: Engine, tokenizer: Any) -> None:
+def write_export(folder: Path, engine: Engine, tokenizer: Any, *, disk: DiskPolicy) -> None:
     """The model of a finished run, adapters added to its weights. A collective call."""
+    out = folder.parent
+    _with_room(out, engine, disk, "the final model", lambda: _export(folder, engine, tokenizer))
+
+
+def _export(folder: Path, engine: Engine, tokenizer: Any) -> None:
     weights = engine.weights()
     if engine.rank == 0:
         partial = folder.with_name(f".{folder.name}.partial")
@@ -259,9 +276,13 @@ def write_export(folder: Path, engine: Engine, tokenizer: Any) -> None:
         converted = {id(w): w.to(dtype) for w in weights.values()}  # tied ones stay one tensor
         state = {name: converted[id(w)] for name, w in weights.items()}
         config_dtype, model.config.dtype = model.config.dtype, dtype
-        model.save_pretrained(partial, state_dict=state)
-        model.config.dtype = config_dtype
+        try:
+            model.save_pretrained(partial, state_dict=state)
+        finally:
+            model.config.dtype = config_dtype
         tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():
+            _sync(file)
         os.rename(partial, folder)
     engine.gather(None)
 
@@ -274,8 +295,7 @@ def load_random_states(folder: Path, rank: int) -> None:
 
 def remove_partial(out: Path) -> None:
     """Delete what a kill left behind."""
-    folder = out / "checkpoints"
-    for leftover in folder.glob(".*.partial") if folder.is_dir() else ():
+    for leftover in (*out.glob(".*.partial"), *out.glob("checkpoints/.*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

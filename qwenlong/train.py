@@ -9,7 +9,6 @@ killed and resumed gives the bits of one that was not. What is reported of a ste
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,12 @@ import torch
 from qlkernels.prefix_group import pack_groups
 from qwenlong.advantage_rules import ADVANTAGES
 from qwenlong.aepo import EntropyController, EntropyMeter
-from qwenlong.checkpoint import random_states, restore_random_states, save_checkpoint
+from qwenlong.checkpoint import (
+    DiskPolicy,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
 from qwenlong.config import Recipe
 from qwenlong.engines import Engine
 from qwenlong.episodes import EPISODES, Environment, seed_of, with_rewards
@@ -119,6 +123,8 @@ def train_step(run: Run) -> Metrics:
 
     # 2. Advantages, over all ranks. A reward that a failed judge left open counts nowhere.
     trained = [t for t in rolled if not getattr(t.reward, "skipped", False)]
+    if not engine.sum(torch.tensor(len(trained))):
+        raise Stopped("no reward of this step is known: the judge failed on all of them")
     task_of = {sample.id: sample.task for sample in samples}
     advantages = ADVANTAGES[recipe.loss.advantage](
         torch.tensor([t.reward.value for t in trained], dtype=torch.float64),
@@ -126,6 +132,10 @@ def train_step(run: Run) -> Metrics:
         [task_of[t.sample_id] for t in trained],
         engine.process_group,
     )
+    rows = trajectory_rows(environment, samples, rolled, trained, advantages)
+    rows = [row for part in engine.gather(rows) for row in part]
+    if engine.rank == 0:
+        write_jsonl(run.out / ROLLOUTS_FOLDER / f"step-{run.step + 1:08d}.jsonl", rows)
 
     # 3. AEPO: whether negative advantages are trained on. Costs a pass only if the recipe says so.
     keep = torch.ones(len(trained), dtype=torch.bool)
@@ -143,21 +153,15 @@ def train_step(run: Run) -> Metrics:
     weights = token_weights(trained, counted, recipe.loss.aggregation, totals)
     learns = bool(engine.sum(live.sum()))
     # A trajectory without gradient is read for its entropy alone, and not where that is known.
-    read = [
-        t for t, is_live in zip(trained, live.tolist(), strict=True) if is_live or not is_scored
-    ]
-    values = [v if not is_scored else v[live] for v in (advantages, keep, weights)]
-    found = _update(run, read, *values, learns=learns)
+    is_read = live if is_scored else torch.ones_like(live)
+    read = [t for t, is_in in zip(trained, is_read.tolist(), strict=True) if is_in]
+    found = _update(run, read, *(v[is_read] for v in (advantages, keep, weights)), learns=learns)
     clock.lap("update")
     if entropy is None and found["entropy"] == found["entropy"]:  # not NaN: there were tokens
         entropy = found["entropy"]
         if run.controller is not None:
             run.controller.end_step(entropy)
 
-    rows = trajectory_rows(environment, samples, rolled, trained, advantages)
-    rows = [row for part in engine.gather(rows) for row in part]
-    if engine.rank == 0:
-        write_jsonl(run.out / ROLLOUTS_FOLDER / f"step-{run.step + 1:08d}.jsonl", rows)
     known = {} if entropy is None else {"entropy": float(entropy)}
     kept = engine.sum(torch.tensor([keep.sum(), len(keep)]))
     return describe(rows) | found | known | aepo_metrics(run.controller, kept) | clock.metrics(rows)
@@ -297,8 +301,13 @@ def train(run: Run, log: Callable[[int, Metrics], None]) -> None:
                     _save(run)
             raise
         run.step += 1
-        if run.engine.rank == 0:
-            log(run.step, metrics)
+        try:
+            if run.engine.rank == 0:
+                log(run.step, metrics)
+        except BaseException:
+            if run.engine.world_size == 1:
+                _save(run)
+            raise
         is_due = run.step % run.recipe.checkpoint.every_steps == 0
         if is_due or run.step == run.recipe.steps:
             _save(run)
@@ -306,12 +315,5 @@ def train(run: Run, log: Callable[[int, Metrics], None]) -> None:
 
 def _save(run: Run) -> None:
     settings = run.recipe.checkpoint
-    save_checkpoint(
-        run.out,
-        run.engine,
-        run.environment.tokenizer,
-        json.loads(json.dumps(run.state())),
-        keep=settings.keep,
-        disk_wait_s=settings.disk_wait_s,
-        report=run.report,
-    )
+    tokenizer, disk = run.environment.tokenizer, DiskPolicy(settings.disk_wait_s, run.report)
+    save_checkpoint(run.out, run.engine, tokenizer, run.state(), keep=settings.keep, disk=disk)

@@ -14,7 +14,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from qwenlong.checkpoint import write_export
+from qwenlong.checkpoint import DiskPolicy, write_export
 from qwenlong.config import Recipe, load_recipe
 from qwenlong.errors import InputError
 from qwenlong.llm import LLMError
@@ -53,7 +53,8 @@ def run_stage(
         log = _Log(out, recipe, console) if is_main else None
         with _stopping_at_signals(run):
             train(run, log or (lambda step, metrics: None))
-        write_export(final, run.engine, run.environment.tokenizer)
+        disk = DiskPolicy(recipe.checkpoint.disk_wait_s, console.print)
+        write_export(final, run.engine, run.environment.tokenizer, disk=disk)
         return final
     except (Stopped, JudgeError, LLMError, FloatingPointError, OSError) as error:
         why = " ".join(str(error).split()).rstrip(".")

@@ -338,6 +338,14 @@ def test_a_reward_that_was_left_open_counts_nowhere(model, tmp_path, monkeypatch
         assert torch.equal(mine, theirs)
 
 
+def test_a_step_without_any_reward_stops(model, tmp_path, monkeypatch):
+    skipped = Reward(value=0.0, source="error", skipped=True)
+    rolled = [t.model_copy(update={"reward": skipped}) for t in random_trajectories(1)]
+    run = scripted_run(model, tmp_path, rolled, monkeypatch)
+    with pytest.raises(Stopped, match="no reward of this step is known"):
+        train_step(run)
+
+
 def test_bf16_computes_and_fp32_is_trained(model, tmp_path, monkeypatch):
     rolled = random_trajectories(5)
     changes = {"model": {"compute_dtype": "bfloat16"}, "optimizer": {"learning_rate": 1e-6}}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from qwenlong import train_command
 from qwenlong.config import Recipe, recipe_from
 from qwenlong.metrics import read_metrics
 from qwenlong.tiny import tiny_model
@@ -45,6 +46,18 @@ def tiny_recipe(folder: Path, /, **changes: Any) -> Recipe:
     return recipe_from(Recipe, over(raw, changes))
 
 
+class NoPicture:
+    """In place of the dashboard, whose drawing takes longer than the runs of these tests."""
+
+    def __init__(self, *paths: Path):
+        pass
+
+    def update(self) -> None:
+        pass
+
+    close = update
+
+
 def make_model(folder: Path) -> Path:
     return tiny_model(folder / "model")
 
@@ -60,6 +73,7 @@ def start(function, *args, **kwargs) -> multiprocessing.Process:
 
 def _child(function, args, kwargs) -> None:
     torch.set_num_threads(1)
+    train_command.Dashboard = NoPicture
     os.environ["RICH_FORCE_TERMINAL"] = ""
     function(*args, console=Console(file=io.StringIO()), **kwargs)
 
