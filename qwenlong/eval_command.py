@@ -234,7 +234,7 @@ def compare(
         raise InputError(f"{error}") from None
     runs = {name: report.summarise(rows) for name, rows in zip(names, results, strict=True)}
     with atomic_write(out / "comparison.md") as file:
-        file.write(f"{table}\n\n{report.METHOD}; of the difference: paired bootstrap.\n")
+        file.write(f"{table}\n\n{report.METHOD}; of the difference: both combined.\n")
     report.draw(runs, out / "comparison.png")
     Console().print(Markdown(table))
 

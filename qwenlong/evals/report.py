@@ -161,7 +161,7 @@ def compare(first: Sequence[EvalResult], second: Sequence[EvalResult]) -> list[C
 
 
 def comparison_markdown(names: tuple[str, str], rows: Sequence[Comparison]) -> str:
-    """A table of two runs; the interval of the difference is the paired bootstrap's."""
+    """A table of two runs; the interval of the difference is ``statistics.difference``'s."""
     first, second = names
     lines = [
         f"| task | length | questions | {first} | {second} | difference |",

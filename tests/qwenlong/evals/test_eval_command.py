@@ -129,7 +129,7 @@ def test_two_runs_are_compared(data, tmp_path, monkeypatch):
     out = tmp_path / "both"
     assert run("compare", tmp_path / "whole", tmp_path / "last", "--out", out) == 0
     table = (out / "comparison.md").read_text(encoding="utf-8")
-    assert "| whole | last | difference |" in table and "paired bootstrap" in table
+    assert "| whole | last | difference |" in table and "both combined" in table
     assert (out / "comparison.png").stat().st_size > 5_000
 
 

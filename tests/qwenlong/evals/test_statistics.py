@@ -85,10 +85,40 @@ def test_paired_difference_by_hand():
     second = {"a": [0.0], "b": [0.0, 0.0], "c": [1.0], "other": [0.0]}
     got = difference(first, second)
     assert got.mean == pytest.approx(1 / 3) and got.questions == 3
-    assert got.low == 0.0 and got.high == 1.0
+    one, two = estimate([[1.0, 1.0], [0.0], [1.0]]), estimate([[0.0], [0.0, 0.0], [1.0]])
+    # question means (1, 0, 1) and (0, 0, 1): r = (1 / 9) / (2 / 9) = 1 / 2
+    a, b = one.mean - one.low, two.high - two.mean
+    assert got.low == pytest.approx(got.mean - math.sqrt(a * a - a * b + b * b))
     back = difference(second, first)
     assert (back.mean, back.low, back.high) == pytest.approx((-got.mean, -got.high, -got.low))
-    assert got == difference(first, second)  # the same draws
+    assert -1 <= got.low <= got.high <= 1
+
+
+def test_a_difference_of_runs_that_are_all_wrong_leaves_room():
+    zeros = {str(i): [0.0] for i in range(20)}
+    got = difference(zeros, zeros)
+    assert got.mean == 0 and got.high == -got.low == pytest.approx(wilson(0.0, 20)[1])
+
+
+def test_equal_runs_that_vary_differ_by_exactly_nothing():
+    run = {str(i): [float(i % 2)] for i in range(20)}
+    got = difference(run, run)
+    assert (got.mean, got.low, got.high) == pytest.approx((0, 0, 0), abs=1e-7)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7])
+def test_coverage_of_the_difference(shared):
+    """Two runs that are right on 60 and 40 % of questions, alike on a share of them."""
+    rng = np.random.default_rng(2)
+    covered, rounds, n = 0, 500, 50
+    for _ in range(rounds):
+        base = rng.random(n)
+        other = np.where(rng.random(n) < shared, base, rng.random(n))
+        first = {str(i): [float(x < 0.6)] for i, x in enumerate(base)}
+        second = {str(i): [float(x < 0.4)] for i, x in enumerate(other)}
+        got = difference(first, second)
+        covered += got.low <= 0.2 <= got.high
+    assert covered / rounds > 0.925
 
 
 def test_paired_difference_is_narrower_than_apart():
