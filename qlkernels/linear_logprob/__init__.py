@@ -49,7 +49,9 @@ def _op(
     chunk_tokens: int | None,
     compact: bool,
     impl: str,
+    main_grad: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The last result is the target's z. ``main_grad`` is for the backward."""
     tau = temperature if temperatures is None else temperatures
     options = Options(tau, logit_scale, softcap, chunk_tokens, compact, impl)
     x, y = hidden_states, target_ids
@@ -75,6 +77,40 @@ def _(hidden_states, *_args):
     return tuple(hidden_states.new_empty(T, dtype=torch.float32) for _ in range(4))
 
 
+def _run_backward(
+    hidden_states, lm_head_weight, target_ids, bias, temperatures, row_mask, scores, dlogprobs,
+    dentropy, dlse, temperature, logit_scale, softcap, chunk_tokens, compact, impl, needs_dx,
+    needs_dw, needs_db, main_grad=None,
+):  # fmt: skip
+    """The live rows through ``backward``; gradients that are not needed are empty."""
+    tau = temperature if temperatures is None else temperatures
+    options = Options(tau, logit_scale, softcap, chunk_tokens, compact, impl)
+    x, w, y = hidden_states, lm_head_weight, target_ids
+    grads = (dlogprobs, dentropy, dlse)
+    needs = (needs_dx, needs_dw, needs_db)
+    with op_range(f"{OP}_bwd", x), torch.autocast(x.device.type, enabled=False):
+        live = _rows.live_rows(row_mask, *grads)
+        rows = None
+        if compact and not is_capturing():
+            rows = live.nonzero().squeeze(1)  # the one synchronisation
+        if rows is not None and rows.numel() < x.shape[0]:
+            pick = [[None if v is None else v[rows] for v in vs] for vs in (scores, grads)]
+            part, dw, db = backward(
+                x[rows], w, bias, y[rows], *pick, needs, options.of_rows(rows), main_grad
+            )
+            dx = None
+            if needs_dx:
+                dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+                dx[rows] = part
+        else:
+            if rows is None:  # dead rows enter the GEMMs: selected to 0, since 0 * NaN is not 0
+                x = torch.where(live[:, None], x, 0.0)
+                grads = [None if g is None else torch.where(live, g, 0.0) for g in grads]
+            dx, dw, db = backward(x, w, bias, y, scores, grads, needs, options, main_grad)
+    nothing = hidden_states.new_empty(0)
+    return tuple(nothing.clone() if g is None else g for g in (dx, dw, db))
+
+
 @torch.library.custom_op("qlkernels::linear_logprob_bwd", mutates_args=())
 def _op_bwd(
     hidden_states: torch.Tensor,
@@ -97,35 +133,45 @@ def _op_bwd(
     needs_dw: bool,
     needs_db: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tau = temperature if temperatures is None else temperatures
-    options = Options(tau, logit_scale, softcap, chunk_tokens, compact, impl)
-    x, w, y = hidden_states, lm_head_weight, target_ids
-    grads = (dlogprobs, dentropy, dlse)
-    needs = (needs_dx, needs_dw, needs_db)
-    with op_range(f"{OP}_bwd", x), torch.autocast(x.device.type, enabled=False):
-        live = _rows.live_rows(row_mask, *grads)
-        rows = None
-        if compact and not is_capturing():
-            rows = live.nonzero().squeeze(1)  # the one synchronisation
-        if rows is not None and rows.numel() < x.shape[0]:
-            pick = [[None if v is None else v[rows] for v in vs] for vs in (scores, grads)]
-            part, dw, db = backward(x[rows], w, bias, y[rows], *pick, needs, options.of_rows(rows))
-            dx = None
-            if needs_dx:
-                dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-                dx[rows] = part
-        else:
-            if rows is None:  # dead rows enter the GEMMs: selected to 0, since 0 * NaN is not 0
-                x = torch.where(live[:, None], x, 0.0)
-                grads = [None if g is None else torch.where(live, g, 0.0) for g in grads]
-            dx, dw, db = backward(x, w, bias, y, scores, grads, needs, options)
-    nothing = hidden_states.new_empty(0)
-    return tuple(nothing.clone() if g is None else g for g in (dx, dw, db))
+    return _run_backward(
+        hidden_states, lm_head_weight, target_ids, bias, temperatures, row_mask, scores, dlogprobs,
+        dentropy, dlse, temperature, logit_scale, softcap, chunk_tokens, compact, impl, needs_dx,
+        needs_dw, needs_db,
+    )  # fmt: skip
 
 
-@_op_bwd.register_fake
-def _(hidden_states, lm_head_weight, target_ids, bias, *args):
-    needs_dx, needs_dw, needs_db = args[-3:]
+@torch.library.custom_op("qlkernels::linear_logprob_bwd_", mutates_args={"main_grad"})
+def _op_bwd_into(
+    hidden_states: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperatures: torch.Tensor | None,
+    row_mask: torch.Tensor | None,
+    scores: list[torch.Tensor],
+    dlogprobs: torch.Tensor | None,
+    dentropy: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_tokens: int | None,
+    compact: bool,
+    impl: str,
+    needs_dx: bool,
+    needs_dw: bool,
+    needs_db: bool,
+    main_grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _run_backward(
+        hidden_states, lm_head_weight, target_ids, bias, temperatures, row_mask, scores, dlogprobs,
+        dentropy, dlse, temperature, logit_scale, softcap, chunk_tokens, compact, impl, needs_dx,
+        needs_dw, needs_db, main_grad,
+    )  # fmt: skip
+
+
+def _fake_backward(hidden_states, lm_head_weight, target_ids, bias, *args):
+    needs_dx, needs_dw, needs_db = args[12:15]
     nothing = hidden_states.new_empty(0)
     return (
         torch.empty(hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device)
@@ -138,10 +184,15 @@ def _(hidden_states, lm_head_weight, target_ids, bias, *args):
     )
 
 
+_op_bwd.register_fake(_fake_backward)
+_op_bwd_into.register_fake(_fake_backward)
+
+
 def _setup_context(ctx, inputs, output):
-    x, w, y, bias, temperatures, row_mask, *options = inputs
+    x, w, y, bias, temperatures, row_mask, *options, main_grad = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w, y, bias, temperatures, row_mask, *output)
+    ctx.main_grad = main_grad  # not saved: it changes between forward and backward, by design
     ctx.mark_non_differentiable(output[3])
     ctx.options = options
 
@@ -149,14 +200,20 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, *grads):
     grads = [None if g is None else g.contiguous() for g in grads[:3]]
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    if not any(needs) or all(g is None for g in grads):
-        return (None,) * 12
+    if ctx.main_grad is not None:
+        needs[1] = False
+    if not (any(needs) or ctx.main_grad is not None) or all(g is None for g in grads):
+        return (None,) * 13
     x, w, y, bias, temperatures, row_mask, *scores = ctx.saved_tensors
-    dx, dw, db = torch.ops.qlkernels.linear_logprob_bwd(
-        x, w, y, bias, temperatures, row_mask, scores, *grads, *ctx.options, *needs
-    )
+    arguments = (x, w, y, bias, temperatures, row_mask, scores, *grads, *ctx.options, *needs)
+    if ctx.main_grad is None:
+        dx, dw, db = torch.ops.qlkernels.linear_logprob_bwd(*arguments)
+    elif torch.is_grad_enabled():
+        _refuse_double_backward(ctx)
+    else:
+        dx, dw, db = torch.ops.qlkernels.linear_logprob_bwd_(*arguments, ctx.main_grad)
     dx, dw, db = (g if n else None for g, n in zip((dx, dw, db), needs, strict=True))
-    return (dx, dw, None, db) + (None,) * 8
+    return (dx, dw, None, db) + (None,) * 9
 
 
 _op.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -183,6 +240,7 @@ def linear_logprob(
     row_mask: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
     compact: bool = True,
+    main_grad: torch.Tensor | None = None,
     validate: bool = False,
     impl: str = "auto",
 ) -> TokenScores:
@@ -209,6 +267,9 @@ def linear_logprob(
         compact: drop masked rows, and in the backward rows whose upstream gradients are all exactly
             0, before the GEMMs. Reads one count from the device per pass where there is a mask or a
             backward. Off under CUDA graph capture.
+        main_grad: fp32 ``[V, H]``, contiguous, to which the backward adds the gradient of
+            ``lm_head_weight``, which then gets none of its own. For gradients that are accumulated
+            in fp32 over micro-batches.
         validate: check the targets on the GPU too (synchronises).
         impl: ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``; an explicit
             choice never falls back.
@@ -234,7 +295,8 @@ def linear_logprob(
             if isinstance(temperature, torch.Tensor) else temperature,
             logit_scale=logit_scale, softcap=softcap,
             row_mask=None if row_mask is None else row_mask.reshape(-1),
-            chunk_tokens=chunk_tokens, compact=compact, validate=validate, impl=impl,
+            chunk_tokens=chunk_tokens, compact=compact, main_grad=main_grad, validate=validate,
+            impl=impl,
         )  # fmt: skip
         return TokenScores(*(v.view(B, S) for v in scores))
     _checks.check_unsharded(OP, "lm_head_weight", lm_head_weight)
@@ -247,6 +309,8 @@ def linear_logprob(
     if validate or x.device.type == "cpu":
         _checks.check_targets(OP, target_ids, row_mask, w.shape[0])
 
+    if main_grad is not None:
+        _check_main_grad(main_grad, x, w, impl)
     blockers = {
         "triton": why_not_triton(x),
         "cpu": _ext.why_not_cpu(x),
@@ -273,8 +337,25 @@ def linear_logprob(
         chunk_tokens,
         compact,
         chosen,
+        main_grad,
     )
     return TokenScores(*scores[:3])
+
+
+def _check_main_grad(main_grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, impl: str) -> None:
+    what = f"{OP}: main_grad must be contiguous fp32 {tuple(w.shape)} on {w.device}"
+    found = (tuple(main_grad.shape), main_grad.dtype, main_grad.device, main_grad.is_contiguous())
+    if found != (tuple(w.shape), torch.float32, w.device, True):
+        raise ValueError(f"{what}, got {main_grad.dtype} {found[0]} on {main_grad.device}")
+    if impl == "reference":
+        raise ValueError(
+            f"{OP}: impl='reference' leaves gradients to autograd and takes no main_grad"
+        )
+    if torch.is_grad_enabled() and not (x.requires_grad or w.requires_grad):
+        raise ValueError(
+            f"{OP}: main_grad is given, but neither hidden_states nor lm_head_weight requires a "
+            "gradient, so there is no backward that could add to it"
+        )
 
 
 def autocast_operands(x, w, bias):

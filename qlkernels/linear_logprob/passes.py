@@ -148,17 +148,21 @@ def _forward_triton(x, w, bias, target_ids, options, out):
         )  # fmt: skip
 
 
-def backward(x, w, bias, target_ids, scores, grads, needs, options):
-    """(dx, dw, db), each None where ``needs`` says so. ``scores`` ends with the target's z."""
+def backward(x, w, bias, target_ids, scores, grads, needs, options, main_grad=None):
+    """(dx, dw, db), each None where ``needs`` says so. ``scores`` ends with the target's z. dw is
+    added to ``main_grad`` where there is one, and is then None.
+    """
     needs_dx, needs_dw, needs_db = needs
     dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if needs_dx else None
     db = torch.zeros(w.shape[0], dtype=torch.float32, device=x.device) if needs_db else None
-    if x.shape[0] == 0:
-        dw = torch.zeros_like(w) if needs_dw else None
-    elif options.impl == "triton":
-        dw = _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options)
-    else:
-        dw = _backward_chunks(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options)
+    dw = None
+    if main_grad is None and needs_dw:
+        # Triton writes every entry once; the others add chunks of rows to it
+        is_sum = options.impl != "triton" or x.shape[0] == 0
+        dw = w.new_zeros(w.shape, dtype=torch.float32) if is_sum else torch.empty_like(w)
+    if x.shape[0]:
+        run = _backward_triton if options.impl == "triton" else _backward_chunks
+        run(x, w, bias, target_ids, scores, grads, dx, dw, main_grad, db, options)
     return (
         None if dx is None else dx.to(x.dtype),
         None if dw is None else dw.to(w.dtype),
@@ -166,11 +170,11 @@ def backward(x, w, bias, target_ids, scores, grads, needs, options):
     )
 
 
-def _backward_chunks(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options):
+def _backward_chunks(x, w, bias, target_ids, scores, grads, dx, dw, main_grad, db, options):
     """Rows in chunks: logits again, dR over them, dx of the chunk, dw accumulated in fp32."""
     V = w.shape[0]
     w = w if x.is_cuda else w.float()
-    dw = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if needs_dw else None
+    dw = dw if main_grad is None else main_grad
     y = torch.where((target_ids >= 0) & (target_ids < V), target_ids, 0)
     for rows in row_chunks(x.shape[0], w, options.chunk_tokens):
         r = matmul(x[rows], w.t())
@@ -193,10 +197,9 @@ def _backward_chunks(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
             add_matmul(dw, dr.t(), x[rows])
         if db is not None:
             db += dr.sum(dim=0, dtype=torch.float32)
-    return dw
 
 
-def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, options):
+def _backward_triton(x, w, bias, target_ids, scores, grads, dx, dw, main_grad, db, options):
     """Blocks of the vocabulary: dR of one block, its slice of dw written once, dx accumulated in
     fp32.
     """
@@ -211,7 +214,6 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
     # as many values as a [chunk, V] block holds, in whole tiles
     width = min(-(-V // tile) * tile, max(tile, chunk * V // T // tile * tile))
-    dw = torch.empty_like(w) if needs_dw else None
     block = torch.empty(T, width, dtype=x.dtype, device=x.device)
     for first in range(0, V, width):
         columns = slice(first, min(V, first + width))
@@ -228,8 +230,9 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, needs_dw, db, op
         dr = block[:, :n]
         if dx is not None:
             add_matmul(dx, dr, w[columns])
-        if dw is not None:
+        if main_grad is not None:
+            add_matmul(main_grad[columns], dr.t(), x)
+        elif dw is not None:
             dw[columns] = matmul(dr.t(), x)  # fp32: a bf16 result may be reduced in bf16
         if db is not None:
             db[columns] = dr.sum(dim=0, dtype=torch.float32)
-    return dw

@@ -246,8 +246,15 @@ def test_custom_op_passes_opcheck():
     mask = torch.tensor([1, 1, 0, 1, 1]).bool()
     torch.library.opcheck(
         torch.ops.qlkernels.linear_logprob,
-        (x, w, y, b, None, mask, 0.7, 1.0, None, None, True, "torch"),
+        (x, w, y, b, None, mask, 0.7, 1.0, None, None, True, "torch", None),
     )
+    scores = [torch.zeros(5)] * 4
+    torch.library.opcheck(
+        torch.ops.qlkernels.linear_logprob_bwd_,
+        (x.detach(), w.detach(), y, None, None, mask, scores, torch.ones(5), None, None, 1.0, 1.0,
+         None, None, True, "torch", True, False, False, torch.zeros(w.shape)),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
 
 
 def test_compiles_without_a_graph_break():
@@ -312,6 +319,34 @@ def test_a_partitioned_weight_is_refused_under_autocast_too():
     weight = _Partitioned(torch.zeros(0))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="ZeRO-3"):
         linear_logprob(torch.zeros(3, 4), weight, torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize("trains", ["both", "hidden", "weight"])
+def test_main_grad_takes_the_gradient_of_the_weight(impl, trains):
+    inputs, upstream = make(9, 8, 37, torch.float32)
+    want = outputs_and_grads(partial(linear_logprob, impl=impl), inputs, upstream)
+    x = inputs["hidden_states"].detach().requires_grad_(trains != "weight")
+    w = inputs["lm_head_weight"].detach().requires_grad_(trains != "hidden")
+    buffer = torch.full_like(w, 2.0, requires_grad=False)
+    for turn in (1, 2):
+        scores = linear_logprob(x, w, inputs["target_ids"], main_grad=buffer, impl=impl)
+        sum((s * g).sum() for s, g in zip(scores, upstream, strict=True)).backward()
+        torch.testing.assert_close(buffer, 2.0 + turn * want["dlm_head_weight"])
+    assert w.grad is None
+    if trains != "weight":
+        torch.testing.assert_close(x.grad, 2 * want["dhidden_states"])
+
+
+def test_main_grad_of_another_kind_is_refused():
+    x, w, y = torch.zeros(3, 4).requires_grad_(), torch.zeros(7, 4), torch.tensor([0, 1, 2])
+    for bad in (torch.zeros(7, 5), torch.zeros(7, 4).bfloat16(), torch.zeros(4, 7).t()):
+        with pytest.raises(ValueError, match="main_grad must be contiguous fp32"):
+            linear_logprob(x, w, y, main_grad=bad)
+    with pytest.raises(ValueError, match="takes no main_grad"):
+        linear_logprob(x, w, y, main_grad=torch.zeros(7, 4), impl="reference")
+    with pytest.raises(ValueError, match="no backward that could add"):
+        linear_logprob(x.detach(), w, y, main_grad=torch.zeros(7, 4))
 
 
 # --- on a GPU ----------------------------------------------------------------
