@@ -154,7 +154,6 @@ def sweep(
         want = {label: call().clone() for label, (call, _) in calls.items()}
         for tiles in dict.fromkeys([table[key], *(candidates or listed)]):
             with configured(table, key, tiles):
-                layer.rows._maps.clear()
                 try:
                     if any(not torch.equal(c(), want[label]) for label, (c, _) in calls.items()):
                         found.append((tiles, "other bits than the present configuration"))

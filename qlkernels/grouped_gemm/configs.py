@@ -76,8 +76,8 @@ GATHER_BY_COPY = {"tma-sm90": False, "tma-sm100": False, "pointer": False, "inte
 
 
 def path_of(*operands: torch.Tensor) -> str:
-    """How the operands of a product are loaded: the copy engine wants 16-bit elements and rows that
-    start on 16 bytes.
+    """How operands are loaded that are not gathered: the copy engine wants 16-bit elements and rows
+    that start on 16 bytes.
     """
     if is_interpreting():
         return "interpreter"

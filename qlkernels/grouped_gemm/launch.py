@@ -120,9 +120,11 @@ def _grid(options: dict, tiles: int) -> tuple[int]:
     return (max(1, min(options["NUM_PROGRAMS"], tiles)),)
 
 
-def _plan(table: dict, x: torch.Tensor, w: torch.Tensor, rows: RoutedRows, chunk: tuple[int, int]):
-    """Path, tiles, tile map and options of a product over a chunk's rows."""
-    path = configs.path_of(x, w)
+def _plan(table: dict, rows: RoutedRows, chunk: tuple[int, int], *operands: torch.Tensor):
+    """Path, tiles, tile map and options of a product over a chunk's rows; ``operands`` are those
+    that are not gathered.
+    """
+    path, x = configs.path_of(*operands), operands[0]
     count = (chunk[1] - chunk[0]) * rows.top_k
     tiles = configs.pick(table, path, x.element_size(), count, rows.experts)
     options = configs.launch_options(tiles, x.dtype, x.device)
@@ -144,7 +146,7 @@ def gate_up(
     x is ``[T, H]``, w ``[E, 2 I, H]``. ``buffer [workspace rows, H]`` may be used to gather into.
     """
     E, two_i, H = w.shape
-    path, tiles, tile_map, options = _plan(configs.GATE_UP_CONFIG, x, w, rows, chunk)
+    path, tiles, tile_map, options = _plan(configs.GATE_UP_CONFIG, rows, chunk, w)
     max_tiles, n_n = tile_map.tiles.shape[1], triton.cdiv(two_i // 2, tiles.block_n)
     is_gathered = configs.GATHER_BY_COPY[path] and buffer is not None
     operand = x
@@ -189,7 +191,7 @@ def product(
     """
     K, N = w.shape[1:] if is_transposed else w.shape[:0:-1]
     table = configs.DX_CONFIG if is_transposed else configs.DOWN_CONFIG
-    _, tiles, tile_map, options = _plan(table, x, w, rows, chunk)
+    _, tiles, tile_map, options = _plan(table, rows, chunk, x, w)
     max_tiles, n_n = tile_map.tiles.shape[1], triton.cdiv(N, tiles.block_n)
     operands = x, w
     if options["USE_TMA"]:
@@ -243,7 +245,7 @@ def swiglu_backward(
     T = rows.topk_ids.shape[0]
     shares = torch.empty(triton.cdiv(I, configs.SHARE), rows.total, device=dout.device)
     table = configs.SWIGLU_BACKWARD_CONFIG
-    _, tiles, tile_map, options = _plan(table, dout, w_down, rows, (0, T))
+    _, tiles, tile_map, options = _plan(table, rows, (0, T), w_down)
     max_tiles, n_n = tile_map.tiles.shape[1], triton.cdiv(I, tiles.block_n)
     w_operand = w_down
     if options["USE_TMA"]:
@@ -277,7 +279,7 @@ def weight_gradient(
     One operand is ``[T, .]``, gathered, the other one ``[sorted rows, .]``.
     """
     E, M, N = out.shape
-    path = configs.path_of(left, right)
+    path = configs.path_of(right if gather_left else left)
     if rows.total > 2**30:  # more than the bounded descriptor can address
         path = "pointer"
     table = configs.DW_DOWN_CONFIG if gather_left else configs.DW_GATE_UP_CONFIG

@@ -7,8 +7,9 @@ Rows are sorted by expert once. The forward is two grouped products and a gather
 order; it saves x and h for the backward, or x alone. The backward forms g = W_down^T dout once, and
 dh, the gradient of the routing weights and weight * a in its epilogue; y is never needed again.
 
-FLOPs: 6 T top_k H I forward, 12 backward, 4 more where h is computed again. Bits of out and of
-every gradient but those of the weights do not depend on ``chunk_tokens``, nor on the other tokens.
+FLOPs: 6 T top_k H I forward, 12 backward, 4 more where h is computed again. With the Triton
+kernels, bits of out and of every gradient but those of the weights depend neither on
+``chunk_tokens`` nor on the other tokens.
 """
 
 from __future__ import annotations
@@ -104,7 +105,6 @@ def _run_backward(
     """
     with op_range(f"{OP}_bwd", x), torch.autocast(x.device.type, enabled=False):
         h, *index = saved
-        E, _, H = w_gate_up.shape
         if x.shape[0] == 0:
             made = [
                 torch.zeros_like(w) if need and buffer is None else None
@@ -116,7 +116,7 @@ def _run_backward(
             # the chunks of the forward: each has a sort of its own
             chunks = _chunks(x, ids, chunk_tokens, impl, 0, 0)
             return eager.backward(*operands, chunks, buffers, needs)
-        chunks = _chunks(x, ids, chunk_tokens, impl, H, _BACKWARD_BYTES)
+        chunks = _chunks(x, ids, chunk_tokens, impl, x.shape[1], _BACKWARD_BYTES)
         return passes.backward(*operands, RoutedRows(ids, *index), chunks, buffers, needs)
 
 
@@ -258,8 +258,8 @@ def moe_mlp(
         recompute: save only the inputs for the backward, which computes the gate and up
             projections again; otherwise they are kept, ``top_k * 2 * I`` values a token.
         grad_buffers: ``(dw_gate_up, dw_down)``, shaped as the weights, in their dtype or fp32, to
-            which the backward adds the weights' gradients, accumulated in fp32, instead of
-            returning them: what gradient accumulation wants.
+            which the backward adds the weights' gradients instead of returning them: what gradient
+            accumulation wants. The kernels add in fp32 and round once.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
             falls back. ``"torch"`` is torch's grouped product for bf16 on a GPU and a loop over
             experts elsewhere, which synchronises.
