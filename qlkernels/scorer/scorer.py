@@ -83,18 +83,16 @@ class Scorer:
             on_gpu = stream_weights and torch.cuda.is_available()
             device = "cuda" if on_gpu else where
         self.device = torch.device(device)
-        ends = {
-            "embedding": base.embed_tokens.weight.detach(),
-            "norm": base.norm.weight.detach(),
-            "head": head.weight.detach(),
-        }
-        layers = [named_layer(self.decoder, i, m) for i, m in enumerate(base.layers)]
-        if len(layers) != self.decoder.layers:
+        if len(base.layers) != self.decoder.layers:
             raise ValueError(
-                f"Scorer: the config has {self.decoder.layers} layers, the model {len(layers)}"
+                f"Scorer: the config has {self.decoder.layers} layers, the model {len(base.layers)}"
             )
+        # by reference, but not held where the model moves away
+        layers = (named_layer(self.decoder, i, m) for i, m in enumerate(base.layers))
+        outer = {"embedding": base.embed_tokens, "norm": base.norm, "head": head}
         if stream_weights:
-            outer = {"embedding": base.embed_tokens, "norm": base.norm, "head": head}
+            for _ in layers:  # refuse before anything moves
+                pass
             self._weights = stream_model(self.decoder, base.layers, outer, dtype, self.device)
         elif where.type != self.device.type:
             raise ValueError(
@@ -102,7 +100,8 @@ class Scorer:
                 "use stream_weights=True"
             )
         else:
-            self._weights = ResidentWeights(layers, ends)
+            ends = {name: module.weight.detach() for name, module in outer.items()}
+            self._weights = ResidentWeights(list(layers), ends)
         self._finish(base.rotary_emb, attention, impl, chunk_tokens, memory_bytes)
 
     @classmethod
