@@ -39,6 +39,7 @@ T = TypeVar("T")
 
 FORMAT = 1
 ADAPTER_FILE = "adapter.pt"
+RECIPE_FILE = "recipe.json"
 _NAME = re.compile(r"^step-(\d{8})$")
 # Settings that may change when a run goes on: they do not decide what is computed.
 _FREE = {("steps",), ("checkpoint",), ("rollout", "saved_per_step"), ("model", "export_dtype")}
@@ -120,17 +121,15 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_recipe(out: Path, recipe: Recipe) -> None:
-    """Write ``recipe.json``, or compare with it.
+    """Compare with the ``recipe.json`` of the run, if it was begun.
 
     Raises:
-        InputError: the run was started with other settings; the first three are named.
+        InputError: it was started with other settings; the first three are named.
     """
-    file = out / "recipe.json"
-    mine = recipe.model_dump(mode="json")
-    if not file.exists():
-        write_json(file, mine)
+    if not (out / RECIPE_FILE).exists():
         return
-    theirs = json.loads(file.read_text())
+    mine = recipe.model_dump(mode="json")
+    theirs = json.loads((out / RECIPE_FILE).read_text())
     changed = [
         f"{'.'.join(path)} was {old!r} and is {new!r}"
         for path, old, new in _differences(theirs, mine)

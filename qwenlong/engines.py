@@ -301,8 +301,8 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         norm = float(norm) if norm is not None else 0.0
-        if not norm < float("inf"):
-            raise FloatingPointError(f"the gradient's norm is {norm}")
+        if not norm < float("inf"):  # known only after ZeRO has updated
+            raise RuntimeError(f"the gradient's norm is {norm}; resume from the last checkpoint")
         return norm
 
     def _full(self) -> dict[str, torch.Tensor]:

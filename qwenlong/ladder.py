@@ -64,7 +64,10 @@ def run_ladder(folder: Path, out: Path, *, resume: bool, console: Console | None
     With ``resume`` finished stages are left as they are and the one that was begun goes on.
     """
     stages = load_ladder(folder)
-    if not resume and any((out / stage.name).exists() for stage in stages):
+    is_begun = [any((out / stage.name).exists() for stage in stages)]
+    if dist.is_initialized():  # the first rank's word: it may have made a folder by now
+        dist.broadcast_object_list(is_begun, src=0)
+    if is_begun[0] and not resume:
         raise InputError(f"{out} holds a ladder; add --resume to go on with it, or choose another.")
     console = console or Console(stderr=True)
     folders = {stage.name: out / stage.name for stage in stages}

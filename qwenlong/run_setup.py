@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from qwenlong.advantage_rules import ADVANTAGES
 from qwenlong.aepo import EntropyController
 from qwenlong.checkpoint import (
     ADAPTER_FILE,
+    RECIPE_FILE,
     check_recipe,
     latest_checkpoint,
     load_random_states,
@@ -38,6 +40,7 @@ from qwenlong.stage_data import (
     measured_rewards,
     recorded_rewards,
 )
+from qwenlong.storage import write_json
 from qwenlong.tiny import model_folder
 from qwenlong.train import Run
 from qwenlong.types import Sample
@@ -136,12 +139,14 @@ def build_run(
     if checkpoint is not None:
         run.load_state(read_state(checkpoint))
         load_random_states(checkpoint, engine.rank)
+    if rank == 0 and not (out / RECIPE_FILE).exists():  # all that can be refused was accepted
+        write_json(out / RECIPE_FILE, recipe.model_dump(mode="json"))
     return run
 
 
 def _prepare_folder(recipe: Recipe, out: Path, resume: bool) -> str | None:
-    """Write the recipe or compare with it, remove what a kill left; says what is wrong."""
-    if (out / "recipe.json").exists() and not resume:
+    """Compare with the recipe of the run, remove what a kill left; says what is wrong."""
+    if (out / RECIPE_FILE).exists() and not resume:
         return f"{out} holds a run; add --resume to go on with it, or choose another."
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -236,7 +241,7 @@ def _earlier_samples(
             )
     rewards = recorded_rewards([stages[name] for name in wanted.stages])
     if wanted.measure_rollouts:
-        measured = Environment(**{**vars(environment), "group_size": wanted.measure_rollouts})
+        measured = dataclasses.replace(environment, group_size=wanted.measure_rollouts)
         mine = data.earlier[engine.rank :: engine.world_size]
         path = out / f"difficulty-{engine.rank}.jsonl"
         environment.rollouts.sync_weights(engine.rollout_model(), 0)

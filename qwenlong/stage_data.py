@@ -6,6 +6,7 @@ A task that is made by code is one function, ``@register_task(name)``; the names
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -99,7 +100,9 @@ def load_stage_data(recipe: Recipe, tokenizer: Any, out: Path) -> StageData:
     if len(ids) < len(samples):
         raise InputError("data: two samples have the same id; ids must be unique over all sources.")
 
-    lengths = _prompt_lengths(samples, tokenizer, resolve, out / "prompt_tokens.json")
+    key = hashlib.sha256(f"{recipe.model.path}\n{data.model_dump_json()}".encode()).hexdigest()
+    cache = out / "prompt_tokens.json"
+    lengths = _prompt_lengths(samples, tokenizer, resolve, cache, key)
     chosen = within_lengths(samples, lengths, data.above_tokens, data.max_prompt_tokens)
     earlier = within_lengths(samples, lengths, 0, data.above_tokens) if data.above_tokens else []
     if data.stratify is not None:
@@ -118,14 +121,16 @@ def load_stage_data(recipe: Recipe, tokenizer: Any, out: Path) -> StageData:
     return StageData(chosen, earlier, resolve)
 
 
-def _prompt_lengths(samples, tokenizer, resolve, cache: Path) -> list[int]:
-    known = json.loads(cache.read_text()) if cache.exists() else {}
+def _prompt_lengths(samples, tokenizer, resolve, cache: Path, key: str) -> list[int]:
+    """Tokens of each prompt; counted once, and again where ``key`` is another."""
+    kept = json.loads(cache.read_text()) if cache.exists() else {}
+    known = kept.get("tokens", {}) if kept.get("key") == key else {}
     if not all(sample.id in known for sample in samples):
         known = {
             sample.id: len(prompt_ids(tokenizer, prompts.render(sample, resolve=resolve)))
             for sample in samples
         }
-        write_json(cache, known)
+        write_json(cache, {"key": key, "tokens": known})
     return [known[sample.id] for sample in samples]
 
 

@@ -98,10 +98,10 @@ class Run:
         if self.engine.largest(int(self.stop_requested)) and error is None:
             error = Stopped(f"stopped in step {self.step + 1}")
         failed = [text for text in self.engine.gather(error and str(error)) if text]
+        if failed and self.engine.world_size > 1:  # one kind of error, so that all ranks save
+            raise Stopped(failed[0]) from error
         if error is not None:
             raise error
-        if failed:
-            raise Stopped(f"another rank failed: {failed[0]}")
         return result
 
 
@@ -134,8 +134,8 @@ def train_step(run: Run) -> Metrics:
     )
     rows = trajectory_rows(environment, samples, rolled, trained, advantages)
     rows = [row for part in engine.gather(rows) for row in part]
-    if engine.rank == 0:
-        write_jsonl(run.out / ROLLOUTS_FOLDER / f"step-{run.step + 1:08d}.jsonl", rows)
+    file = run.out / ROLLOUTS_FOLDER / f"step-{run.step + 1:08d}.jsonl"
+    run.agreed(lambda: write_jsonl(file, rows) if engine.rank == 0 else 0)
 
     # 3. AEPO: whether negative advantages are trained on. Costs a pass only if the recipe says so.
     keep = torch.ones(len(trained), dtype=torch.bool)
@@ -219,8 +219,12 @@ def _update(
                 sums[0] += float(result.loss.detach())
                 sums[1:] += _rollout_gap(trajectories, batch, layout, result.scores.logprobs)
         if learns:
-            run.weights_are_whole = False
-            norms.append(engine.step(_learning_rate(recipe, run.step)))
+            was_whole, run.weights_are_whole = run.weights_are_whole, False
+            try:
+                norms.append(engine.step(_learning_rate(recipe, run.step)))
+            except FloatingPointError:  # found before any weight was changed
+                run.weights_are_whole = was_whole
+                raise
     loss, gap, n_scored = engine.sum(sums).tolist()
     return {
         "loss": loss,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import torch.distributed as dist
 import transformers
 import typer
@@ -124,23 +125,22 @@ def train_command(
     """Train a policy by a recipe; under torchrun on several devices."""
     transformers.utils.logging.disable_progress_bar()
     if "RANK" in os.environ and not dist.is_initialized():
-        import torch
-
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    console = Console(stderr=True, quiet=not is_main)
     try:
         if recipe.is_dir():
             from qwenlong.ladder import run_ladder
 
-            final = run_ladder(recipe, out, resume=resume)
+            final = run_ladder(recipe, out, resume=resume, console=console)
         else:
             loaded = load_recipe(recipe)
             if not isinstance(loaded, Recipe):
                 raise InputError(f"{recipe} is a merge; run its folder as a ladder.")
-            final = run_stage(loaded, out, resume=resume)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            Console(stderr=True).print(f"the model is in {final}")
+            final = run_stage(loaded, out, resume=resume, console=console)
+        console.print(f"the model is in {final}", soft_wrap=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

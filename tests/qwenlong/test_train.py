@@ -506,6 +506,18 @@ def test_a_recipe_that_does_not_fit_is_refused_in_one_sentence(model, tmp_path, 
         build_run(tiny_recipe(model, **changes), tmp_path / "run")
 
 
+def test_a_refused_recipe_leaves_the_folder_free(model, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(InputError, match="no prompt has more than"):
+        build_run(tiny_recipe(model, data={"max_prompt_tokens": 10}), out)
+    longer = {"tasks": [{"name": "letters", "count": 24, "options": {"noise": [50, 60]}}]}
+    assert build_run(tiny_recipe(model, data=longer), out).step == 0
+    lengths = json.loads((out / "prompt_tokens.json").read_text())["tokens"].values()
+    assert min(lengths) > 50
+    with pytest.raises(InputError, match="holds a run"):
+        build_run(tiny_recipe(model, data=longer), out)
+
+
 def test_what_the_page_shows_runs():
     page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
