@@ -130,5 +130,27 @@ def write_budget() -> None:
     BUDGET.write_text(json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n")
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
+_BLOCK = re.compile(r"(<!-- resources -->\n).*?(<!-- /resources -->)", re.S)
+
+
+def resource_table(budget: dict) -> str:
+    """Markdown: registers and shared memory of every 16-bit kernel on the three architectures."""
+    lines = ["| kernel | sm_80 | sm_90 | sm_100 |", "| --- | --- | --- | --- |"]
+    for name, cards in budget["kernels"].items():
+        if "fp32" in name:
+            continue
+        cells = (cards.get(f"sm{capability}") for capability in CAPABILITIES)
+        texts = (f"{c['registers']} / {c['shared'] / 1024:.0f} KB" if c else "" for c in cells)
+        lines.append(f"| `{name}` | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def with_resources(page: str, budget: dict) -> str:
+    """The page with its block of resources filled from the budget."""
+    return _BLOCK.sub(lambda m: f"{m[1]}\n{resource_table(budget)}\n\n{m[2]}", page)
+
+
 if __name__ == "__main__":
     write_budget()
+    PAGE.write_text(with_resources(PAGE.read_text(), json.loads(BUDGET.read_text())))

@@ -39,6 +39,12 @@ def test_the_table_is_of_this_triton_and_of_these_kernels():
     assert set(TABLE["kernels"]) == {name for name, _, _ in VARIANTS}
 
 
+def test_the_page_shows_the_table():
+    page = aot.PAGE.read_text()
+    assert aot.with_resources(page, TABLE) == page, "run python -m tests.aot"
+    assert "| `linear_fold-tma-sm90-bf16` |" in page
+
+
 def test_the_target_is_read_before_the_row_is_overwritten():
     """In place, a warp may be done with a column that another has yet to read as its target."""
     for name, _, arguments in VARIANTS:
