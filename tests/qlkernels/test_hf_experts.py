@@ -39,10 +39,10 @@ def make(family="qwen3_moe", **changes):
 
 def logits_and_gradients(model):
     g = torch.Generator().manual_seed(1)
-    ids = torch.randint(61, (2, 9), generator=g)
+    ids = torch.randint(61, (2, 9), generator=g).to(model.device)
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits
-    logits.backward(torch.randn(logits.shape, generator=g))
+    logits.backward(torch.randn(logits.shape, generator=g).to(model.device))
     return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -70,6 +70,14 @@ def test_a_model_equals_transformers(family, implementation):
         patch.setattr(experts, "moe_mlp", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
         assert_same(logits_and_gradients(enable(model)), want)
     assert len(calls) == 2  # a layer each
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpu_model_equals_transformers(family):
+    model = make(family, experts_implementation="eager").cuda()
+    want = logits_and_gradients(model)
+    assert_same(logits_and_gradients(enable(model)), want)
 
 
 @pytest.mark.parametrize("options", [dict(chunk_tokens=5), dict(recompute=True)], ids=str)
