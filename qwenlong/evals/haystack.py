@@ -39,7 +39,7 @@ _LIBRARY = SourceConfig(
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Page:
     """A piece of a real document; ``topic`` is the title of the whole."""
 
@@ -57,7 +57,7 @@ class Insertion:
     depth: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Context:
     """What ``compose`` made.
 

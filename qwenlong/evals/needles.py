@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Iterator
+from dataclasses import replace
 
-from qwenlong.evals.haystack import Haystack, Insertion, compose
+from qwenlong.evals.haystack import Context, Haystack, Insertion, compose
 from qwenlong.evals.samples import (
     build,
     names,
@@ -105,7 +106,7 @@ def _codes(
             question = template.format(name=wanted[0], **({"count": values} if values > 1 else {}))
         yield build(
             haystack,
-            _of(context, lines, [v for name in wanted for v in told[name]]),
+            _with_spans_of(context, lines, [v for name in wanted for v in told[name]]),
             subtype=subtype,
             length=length,
             seed=seed,
@@ -116,15 +117,14 @@ def _codes(
         )
 
 
-def _of(context, lines: list[str], answers: list[str]):
+def _with_spans_of(context: Context, lines: list[str], answers: list[str]) -> Context:
     """``context`` with the spans of those lines alone that state an answer."""
     kept = [
         span
         for span, line in zip(context.evidence, lines, strict=True)
         if any(answer in line for answer in answers)
     ]
-    context.evidence = kept
-    return context
+    return replace(context, evidence=kept)
 
 
 def needle_multikey(haystack: Haystack, *, length: int, count: int, seed: int) -> Iterator[Sample]:
@@ -182,12 +182,10 @@ def variable_tracking(
         )
         asked = rng.randrange(CHAINS)
         mine = set(queues[asked])
-        context.evidence = [
-            span for span, line in zip(context.evidence, lines, strict=True) if line in mine
-        ]
+        kept = [span for span, line in zip(context.evidence, lines, strict=True) if line in mine]
         yield build(
             haystack,
-            context,
+            replace(context, evidence=kept),
             subtype="variable_tracking",
             length=length,
             seed=seed,

@@ -50,9 +50,8 @@ def repeated_requests(
         rng = sample_rng(seed, "repeated_requests", length, index)
         topic = rng.choice(asked_topics)
         answers = rng.sample(passages[topic], repeats)
-        context, spans = _conversation(haystack, rng, passages, topic, answers, length)
+        context = _conversation(haystack, rng, passages, topic, answers, length)
         which = rng.randrange(repeats)
-        context.evidence = spans
         prefix = "".join(rng.choices(string.ascii_letters + string.digits, k=PREFIX_LENGTH))
         yield build(
             haystack,
@@ -90,7 +89,8 @@ def passages_by_topic(haystack: Haystack) -> dict[str, list[str]]:
                     seen.add(passage)
                     found[page.topic].append(passage)
                 lines, size = [], 0
-            if not is_blank and not line.startswith(("User:", "Assistant:")):
+            is_turn = line.startswith(("User:", "Assistant:"))
+            if not is_blank and not is_turn and len(line) <= high:
                 lines.append(line)
                 size += len(line) + 1
     return dict(found)
@@ -103,8 +103,8 @@ def _conversation(
     topic: str,
     answers: list[str],
     length: int,
-) -> tuple[Context, list[Evidence]]:
-    """A conversation in documents of about ``PART_TOKENS``, and the spans of ``answers`` in it."""
+) -> Context:
+    """A conversation in documents of about ``PART_TOKENS``; the evidence is ``answers`` in it."""
     tokens = haystack.tokens
     asked = [_REQUEST.format(topic=topic) + answer for answer in answers]
     reserved = sum(tokens(turn + _TURN_GAP) + 1 for turn in asked)
@@ -153,7 +153,7 @@ def _conversation(
                     turns.append(f"{head}Assistant: {cut}")
                 if turns:
                     close()
-                return Context(documents, [], spent, laps), spans
+                return Context(documents, spans, spent, laps)
         turns.append(turn)
         part_tokens += cost
         if part_tokens >= PART_TOKENS:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from qwenlong.evals.haystack import Context, Haystack
+from qwenlong.evals.haystack import Context, Haystack, Page
 from qwenlong.prompts import TEXT_INSTRUCTIONS
 from qwenlong.types import Sample, TokenCount
 
@@ -59,7 +59,7 @@ def single_depth(seed: int, task: str, length: int, index: int, count: int) -> f
     return (order[index] + sample_rng(seed, task + "/depth", length, index).random()) / count
 
 
-def states_any(words: Iterable[str]):
+def states_any(words: Iterable[str]) -> Callable[[Page], bool]:
     """A ``refuses`` for ``compose``: pages that hold one of ``words``."""
     words = tuple(words)
     return lambda page: any(word in page.text for word in words)

@@ -284,8 +284,10 @@ def test_texts_of_a_folder(tmp_path):
 
 
 def test_passages_are_different_whole_lines(haystack):
-    for topic, found in list(passages_by_topic(haystack).items())[:50]:
-        assert topic and all(200 <= len(p) <= 520 and "\n\n" not in p for p in found)
+    found = passages_by_topic(haystack)
+    every = [passage for passages in found.values() for passage in passages]
+    assert len(set(every)) == len(every) > 1_000 and all(found)
+    assert all(200 <= len(p) <= 500 and "\n\n" not in p for p in every)
 
 
 # --- the folder --------------------------------------------------------------
