@@ -56,7 +56,7 @@ DOWN_CONFIG = _table(
 )  # fmt: skip
 DX_CONFIG = dict(DOWN_CONFIG)
 SWIGLU_BACKWARD_CONFIG = _table(
-    Tiles(128, 128, 64, 8, 8, 3, 2), Tiles(64, 128, 64, 8, 4, 4),
+    Tiles(128, 256, 64, 8, 8, 3), Tiles(64, 128, 64, 8, 4, 4),
     Tiles(128, 128, 64, 8, 8, 3), Tiles(64, 128, 64, 8, 4, 4), _POINTER,
 )  # fmt: skip
 # Products over the rows, left^T right. The gathered operand (left for w_down, right for w_gate_up)

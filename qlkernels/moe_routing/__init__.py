@@ -34,17 +34,14 @@ _LOGITS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
 
 
-def _blockers(x: torch.Tensor, num_experts: int, top_k: int, impl: str) -> dict[str, str | None]:
-    blockers = {
+def _blockers(x: torch.Tensor, num_experts: int, top_k: int) -> dict[str, str | None]:
+    return {
         "cuda": native.why_not_cuda(x, num_experts, top_k),
         "triton": why_not_triton(x),
         "cpu": native.why_not_cpu(x),
         "torch": None,
         "reference": None,
     }
-    if impl == "auto" and x.device.type == "cpu":
-        del blockers["triton"]  # on the CPU it would be the interpreter
-    return blockers
 
 
 def _check_replay(
@@ -120,7 +117,7 @@ def moe_route(
     if replay_ids is not None:
         _check_replay(replay_ids, T, top_k, router_logits, validate)
         replay_ids = replay_ids.contiguous()
-    chosen = pick_impl(OP, impl, _blockers(router_logits, E, top_k, impl))
+    chosen = pick_impl(OP, impl, _blockers(router_logits, E, top_k))
     if chosen == "reference":
         return moe_route_ref(
             router_logits, top_k, norm_topk_prob=norm_topk_prob, replay_ids=replay_ids,
@@ -166,7 +163,7 @@ def build_expert_index(
             f"{INDEX_OP}: topk_ids has {topk_ids.numel()} entries, but positions are int32; "
             "split the tokens into chunks"
         )
-    chosen = pick_impl(INDEX_OP, impl, _blockers(topk_ids, num_experts, 1, impl))
+    chosen = pick_impl(INDEX_OP, impl, _blockers(topk_ids, num_experts, 1))
     if chosen == "reference":
         return build_expert_index_ref(topk_ids, num_experts)
     return ExpertIndex(
