@@ -50,8 +50,7 @@ class Engine:
         dtype = DTYPES[recipe.model.compute_dtype]
         if dtype != torch.float32:
             self._masters = [nn.Parameter(p.detach().clone()) for p in self._working]
-            for parameter in policy.parameters():  # buffers, rotary frequencies, stay in fp32
-                parameter.data = parameter.data.to(dtype)
+            _cast(policy, dtype)
             for working, master in zip(self._working, self._masters, strict=True):
                 # Micro-batches add up in fp32; a bf16 sum would lose the small ones.
                 working.register_post_accumulate_grad_hook(
@@ -144,6 +143,19 @@ class Engine:
         self._optimizer.load_state_dict(state)
 
 
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: buffers, rotary frequencies among them, stay in fp32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _replica(policy: PackedPolicy, recipe: Recipe) -> PackedPolicy:
+    """A copy that answers, in the dtype that computes."""
+    replica = copy.deepcopy(policy)
+    _cast(replica, DTYPES[recipe.model.compute_dtype])
+    return replica
+
+
 def _move_gradient(working: nn.Parameter, master: nn.Parameter) -> None:
     if master.grad is None:
         master.grad = working.grad.float()
@@ -177,7 +189,7 @@ class FSDP2Engine(Engine):
         _need_processes("fsdp2")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.process_group = dist.group.WORLD
-        self._replica = copy.deepcopy(policy)
+        self._replica = _replica(policy, recipe)
         self.policy = policy
         self.recipe = recipe
         self.device = next(policy.parameters()).device
@@ -261,7 +273,7 @@ class DeepSpeedEngine(Engine):
         self.process_group = dist.group.WORLD
         self.recipe = recipe
         self.device = next(policy.parameters()).device
-        self._replica = copy.deepcopy(policy)
+        self._replica = _replica(policy, recipe)
         self._stage = recipe.engine.zero_stage
         self._names = {
             id(p): name for name, p in policy.model.named_parameters() if p.requires_grad

@@ -36,6 +36,11 @@ class Environment:
     def text(self, turn: Turn) -> str:
         return self.tokenizer.decode(turn.response_ids, skip_special_tokens=True)
 
+    def close(self) -> None:
+        self.rollouts.close()
+        if self.judge is not None:
+            self.judge.client.close()
+
 
 Episodes = Callable[[Environment, Sequence[Sample], int, int], list[Trajectory]]
 EPISODES: dict[str, Episodes] = {}

@@ -45,7 +45,7 @@ def run_stage(
     console = console or Console(stderr=True)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     lock = lock_run(out) if is_main else None
-    log = None
+    log = run = None
     try:
         run = build_run(recipe, out, resume=resume, stages=stages, report=console.print)
         final = out / EXPORTED
@@ -63,6 +63,8 @@ def run_stage(
             f"{out}: {why}. Completed steps are saved; go on with --resume."
         ) from error
     finally:
+        if run is not None:
+            run.environment.close()
         if log is not None:
             log.close()
         if lock is not None:

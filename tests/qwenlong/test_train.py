@@ -19,6 +19,7 @@ from qwenlong.errors import InputError
 from qwenlong.metrics import read_metrics
 from qwenlong.policy import loss_totals, pack_trajectories, token_weights
 from qwenlong.rewards import Judge, score
+from qwenlong.rollout import EmbeddedRollouts
 from qwenlong.run_setup import build_run
 from qwenlong.stage_data import TASK_MAKERS
 from qwenlong.train import Stopped, train, train_step
@@ -402,10 +403,12 @@ def test_reward_rises(model, tmp_path):
     assert rows[1]["rollout_gap"] < 1e-5  # the sampler's log-probs are the trainer's
 
 
-def test_what_a_run_leaves(model, tmp_path):
+def test_what_a_run_leaves(model, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    console = quiet()
+    console, closed = quiet(), []
+    monkeypatch.setattr(EmbeddedRollouts, "close", lambda self: closed.append(1))
     final = run_stage(tiny_recipe(model, steps=2), out, resume=False, console=console)
+    assert closed == [1]
     assert final == out / "final" and (final / "tokenizer.json").is_file()
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
