@@ -30,7 +30,7 @@ from qwenlong.episodes import prompt_ids
 from qwenlong.errors import InputError
 from qwenlong.evals.statistics import Estimate, difference, estimate
 from qwenlong.metrics import METRICS_FILE, read_metrics
-from qwenlong.models import DTYPES, load_causal_lm, load_tokenizer, pick_device
+from qwenlong.models import load_causal_lm, load_tokenizer, pick_device
 from qwenlong.rewards import score
 from qwenlong.rollout import EmbeddedRollouts
 from qwenlong.storage import atomic_write, read_jsonl, write_json, write_jsonl
@@ -139,8 +139,8 @@ def ask(
     The model runs in the dtype in which the recipe trains it.
     """
     tokenizer = load_tokenizer(folder)
-    lm = load_causal_lm(folder, dtype="float32", device=recipe.model.device)
-    rollouts = EmbeddedRollouts(lm.model.to(DTYPES[recipe.model.compute_dtype]))
+    lm = load_causal_lm(folder, dtype=recipe.model.compute_dtype, device=recipe.model.device)
+    rollouts = EmbeddedRollouts(lm.model)
     groups = rollouts.generate(
         [prompt_ids(tokenizer, prompts.render(sample)) for sample in samples],
         group_size=1,
@@ -262,9 +262,9 @@ def draw_demo(result: dict[str, Any], metrics_path: Path, out_png: Path) -> None
         )
     names = [row["task"] + ("" if row["temperature"] else "\nmost likely answer") for row in rows]
     left.set_xticks(range(len(rows)), names, fontsize=8)
-    left.set_ylim(0, 1.05)
+    left.set_ylim(0, 1.2)  # room for the legend above full reward
     left.set_title(f"{result['prompts']} held-out prompts, 95 %", loc="left", fontsize=9)
-    left.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     metrics = read_metrics(metrics_path)
     for i, task in enumerate(row["task"] for row in rows if row["task"] != "all"):
         name = f"reward/{task}"
