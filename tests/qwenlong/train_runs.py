@@ -78,8 +78,17 @@ def _child(function, args, kwargs) -> None:
     function(*args, console=Console(file=io.StringIO()), **kwargs)
 
 
-def kill_after(process: multiprocessing.Process, seconds: float) -> bool:
-    """Kill without warning; False if it was finished already."""
+def kill_after(
+    process: multiprocessing.Process, seconds: float, out: Path | None = None, steps: int = 0
+) -> bool:
+    """Kill without warning, ``seconds`` after ``out`` has a checkpoint of ``steps`` steps; False if
+    it was finished already.
+    """
+    newest = f"step-{steps:08d}"
+    while steps and process.is_alive():
+        if any(p.name >= newest for p in (out / "checkpoints").glob("step-*")):
+            break
+        time.sleep(0.001)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.is_alive():
         time.sleep(0.001)
