@@ -60,6 +60,8 @@ def apply(
     experts = list(_experts.experts_modules(found)) if moe else []
     for name, module in experts:
         reason = _experts.why_not(module)
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's calls on
+            reason = "its forward has been replaced (by Liger? Leave swiglu out of it)"
         if reason is not None:
             raise ValueError(f"apply: {name}: {reason}; pass moe=False")
     if attention:

@@ -3,6 +3,7 @@ what people do with a model still works.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from qlkernels import hf, logprob_entropy
 from qlkernels.hf import lm_head
+from qlkernels.testing import assert_as_accurate
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -332,3 +334,77 @@ def test_only_causal_language_models_of_known_families():
         hf.apply(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="must be a module"):
         hf.apply("a model")
+
+
+# --- together with Liger -------------------------------------------------------
+
+
+def liger(family, model, monkeypatch, **parts):
+    """Liger's kernels on one model. What it changes of transformers itself goes back afterwards."""
+    pytest.importorskip("liger_kernel", reason="pip install 'qlkernels[liger]'")
+    from liger_kernel.transformers import monkey_patch
+
+    modeling = sys.modules[type(model).__module__]
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP", "Qwen3MoeRMSNorm"):
+        if hasattr(modeling, name):
+            monkeypatch.setattr(modeling, name, getattr(modeling, name))
+    if hasattr(modeling, "Qwen3MoeExperts"):
+        monkeypatch.setattr(modeling, "Qwen3MoeExperts", modeling.Qwen3MoeExperts)
+    nothing = dict.fromkeys(("rope", "rms_norm", "swiglu", "fused_linear_cross_entropy"), False)
+    getattr(monkey_patch, f"apply_liger_kernel_to_{family}")(**nothing | parts, model=model)
+
+
+def test_ours_after_ligers_loss(monkeypatch):
+    """Both replace the model's forward: the later one is called, and undo gives Liger's back."""
+    model, inputs = make("qwen3"), batch()
+    want = step(model, **inputs)
+    liger("qwen3", model, monkeypatch, fused_linear_cross_entropy=True)
+    ligers = model.forward
+    hf.apply(model)
+    assert_same_step(step(model, **inputs), want)
+    assert model.forward != ligers
+    assert hf.undo(model).forward == ligers
+
+
+def test_experts_that_liger_replaced_are_refused(monkeypatch):
+    model = make("qwen3_moe")
+    liger("qwen3_moe", model, monkeypatch, swiglu=True)
+    with pytest.raises(ValueError, match="replaced .*; pass moe=False"):
+        hf.apply(model)
+    hf.apply(model, moe=False)
+
+
+# every expert for every token: which ones are chosen would hang on the last bit of bf16
+ALL_EXPERTS = {"qwen3_moe": dict(num_experts_per_tok=EXPERTS["num_experts"])}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_ligers_layers_and_ours(family, monkeypatch):
+    """Liger's norm, rotation and SwiGLU below our experts, attention and head: no further from the
+    fp32 model than twice what bf16 costs transformers.
+    """
+    inputs = {k: v.cuda() for k, v in batch(padded=False).items() if k != "attention_mask"}
+    truth = step(make(family, **ALL_EXPERTS.get(family, {})).cuda(), **inputs)
+    model = make(family, **ALL_EXPERTS.get(family, {})).cuda().bfloat16()
+    baseline = step(model, **inputs)
+    liger(family, model, monkeypatch, rope=True, rms_norm=True, swiglu=family == "qwen3")
+    hf.apply(model)
+    found = step(model, **inputs)
+    for name, want in truth[1].items():
+        assert_as_accurate(name, found[1][name], want, baseline[1][name], floor=2e-2)
+    assert_as_accurate("loss", found[0].loss, truth[0].loss, baseline[0].loss, floor=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_a_bf16_model_on_a_card(family):
+    inputs = {k: v.cuda() for k, v in batch(padded=False).items() if k != "attention_mask"}
+    truth = step(make(family, **ALL_EXPERTS.get(family, {})).cuda(), **inputs)
+    model = make(family, **ALL_EXPERTS.get(family, {})).cuda().bfloat16()
+    baseline = step(model, **inputs)
+    hf.apply(model)
+    found = step(model, **inputs)
+    assert found[0].logits is None
+    for name, want in truth[1].items():
+        assert_as_accurate(name, found[1][name], want, baseline[1][name], floor=2e-2)
