@@ -52,3 +52,30 @@ def test_trl_aepo(tmp_path):
     assert [int(step) for step, *_ in steps] == [1, 2, 3]
     # a random model is far above 0.248 nats: dropping begins with the second step
     assert int(steps[0][2]) == 0 and all(float(entropy) > 1 for _, entropy, _ in steps)
+
+
+def test_the_page_on_integrations():
+    """Its Python runs in order, but for Liger's kernels, which need a GPU; its tables are true."""
+    from qlkernels import hf
+
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(compile(first, "integrations.md", "exec"), names)
+    assert "apply_liger_kernel_to_qwen3(" in second
+    for part in hf.PARTS:
+        [families] = re.findall(rf"^\| `{part}` \|.*\| (.*) \|$", page, re.MULTILINE)
+        assert families.split(", ") == [f for f, parts in hf.supported().items() if part in parts]
+
+
+def test_the_page_names_every_option_of_the_trainer():
+    pytest.importorskip("trl", reason="pip install 'trl>=1.16,<1.17'")
+    from dataclasses import fields
+
+    from trl import GRPOConfig
+
+    from qwenlong.integrations.trl import AEPOGRPOConfig
+
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    ours = {f.name for f in fields(AEPOGRPOConfig)} - {f.name for f in fields(GRPOConfig)}
+    assert not {name for name in ours if f"`{name}" not in page}
