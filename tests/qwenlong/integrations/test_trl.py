@@ -270,6 +270,29 @@ def test_repeated_task_batches_are_a_function_of_the_epoch():
     assert list(again) == one
 
 
+@pytest.mark.parametrize("stop", [2, 3])
+def test_balanced_batches_go_on_after_a_checkpoint(stop, tmp_path):
+    """An epoch is two batches (of two tasks, 3 needles and 6 sums, four prompts each): checkpoints
+    at the end of an epoch and within one.
+    """
+    options = settings(
+        tmp_path, balance_tasks=True, max_steps=5, per_device_train_batch_size=4 * GROUP,
+        num_iterations=1, save_strategy="steps", save_steps=stop, save_only_model=False,
+    )  # fmt: skip
+    seen = []
+
+    def reward(completions, prompts, **_columns):
+        seen.append(list(prompts[::GROUP]))
+        return vowels(completions)
+
+    arguments = dict(reward_funcs=reward, train_dataset=dataset(9), moe=False)
+    run(AEPOGRPOTrainer, AEPOGRPOConfig(**options), **arguments)
+    want, seen[:] = list(seen), []
+    folder = str(tmp_path / f"checkpoint-{stop}")
+    run(AEPOGRPOTrainer, AEPOGRPOConfig(**options), resume=folder, **arguments)
+    assert seen == want[stop:] and len({tuple(batch) for batch in want}) == 5
+
+
 # --- AEPO ------------------------------------------------------------------------
 
 
