@@ -93,7 +93,7 @@ def linear_policy_loss_ref(
 # --- kernels -----------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _exp_kernel(
     x, w, bias_ptr, temperature_ptr, offset_ptr, exp_ptr, s_ptr, q_ptr,
     stride_xt, stride_wv, stride_et, T, V, H, temperature, logit_scale,

@@ -38,7 +38,7 @@ def load_pair(
     return a, b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def fold_kernel(
     x, w, bias_ptr, temperature_ptr, m_ptr, s_ptr, q_ptr,
     stride_xt, stride_wv, T, V, H, temperature, logit_scale, softcap,
@@ -87,7 +87,7 @@ def fold_kernel(
         tl.store(q_ptr + part, tl.sum(d * e, 1), mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def target_logit_kernel(
     x, w, bias_ptr, target_ptr, target_z_ptr, stride_xt, stride_wv, T, V, H, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
@@ -125,7 +125,7 @@ def target_logit_kernel(
     tl.store(target_z_ptr + offs_t, z, mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def merge_kernel(
     m_ptr, s_ptr, q_ptr, target_ptr, temperature_ptr, target_z_ptr,
     logprobs_ptr, entropy_ptr, lse_ptr, T, V, N, temperature,
@@ -166,7 +166,7 @@ def merge_kernel(
     tl.store(lse_ptr + offs_t, m * inv_tau + log_s, mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def dlogits_kernel(
     x, w, bias_ptr, target_ptr, temperature_ptr, target_z_ptr, logprobs_ptr, entropy_ptr, lse_ptr,
     dlogprobs_ptr, dentropy_ptr, dlse_ptr, dlogits_ptr,
@@ -346,7 +346,7 @@ def aot_variants():
     options = dict(num_warps=warps, num_stages=stages)
     found.append(("target_logit", target_logit_kernel, signature, target, aligned, options))
     merge = dict(HAS_TEMPERATURE=True, BLOCK_T=MERGE_CONFIG[0], BLOCK_N=MERGE_CONFIG[1])
-    found.append(("linear_merge", merge_kernel, rows, merge, ("T",), dict(num_warps=4)))
+    found.append(("linear_merge", merge_kernel, rows, merge, (), dict(num_warps=4)))
     return found
 
 
