@@ -168,11 +168,20 @@ __device__ __forceinline__ Part<float> with_target(const Part<float>& rest, floa
   return merge(rest, target, alpha);
 }
 
+// A logit as it was read. -inf marks the target's place, but under a soft-cap a logit of -inf has the mass of -c.
+template <bool kCap>
+__device__ __forceinline__ float unmarked(float logit) {
+  if constexpr (!kCap) return logit;
+  return logit == -INFINITY ? kLowestLogit : logit;
+}
+
 // One vector of a chunk. The target is taken out: its place holds -inf, whose probability is 0.
-template <class E>
+template <class E, bool kCap>
 __device__ __forceinline__ void unpack_vector(const uint4& bits, int vector, bool has_target,
                                               const TargetPlace& target, float& v_target, float (&x)[E::kVector]) {
   E::unpack(bits, x);
+#pragma unroll
+  for (int k = 0; k < E::kVector; ++k) x[k] = unmarked<kCap>(x[k]);
   if (has_target && vector == target.vector) {
 #pragma unroll
     for (int k = 0; k < E::kVector; ++k) {
@@ -184,7 +193,7 @@ __device__ __forceinline__ void unpack_vector(const uint4& bits, int vector, boo
   }
 }
 
-// The value of a logit; -inf stays what it is under a soft-cap too, because it marks the target's place.
+// The value of a logit; the mark of the target's place stays what it is under a soft-cap too.
 template <bool kCap>
 __device__ __forceinline__ float marked_value(float logit, float gain) {
   if constexpr (!kCap) return logit;
@@ -235,7 +244,7 @@ __device__ __forceinline__ void sum_chunk(const unsigned char* chunk, int count,
       const int vector = reader + (pair + j) * kGroup;
       float x[E::kVector];
       if (vector < count) {
-        unpack_vector<E>(bits[pair + j], vector, has_target, target, v_target, x);
+        unpack_vector<E, kCap>(bits[pair + j], vector, has_target, target, v_target, x);
       } else {
 #pragma unroll
         for (int k = 0; k < E::kVector; ++k) x[k] = -INFINITY;
@@ -274,7 +283,7 @@ __device__ __forceinline__ void write_chunk(const unsigned char* chunk, int coun
     const int vector = reader + j * kGroup;
     if (vector >= count) break;
     float x[E::kVector];
-    unpack_vector<E>(bits[j], vector, has_target, target, v_target, x);
+    unpack_vector<E, kCap>(bits[j], vector, has_target, target, v_target, x);
 #pragma unroll
     for (int k = 0; k < E::kVector; ++k) x[k] = gradient_of<kCap>(x[k], scale, g, rest);
     __stcs(reinterpret_cast<uint4*>(out) + vector, E::pack(x));
@@ -333,7 +342,7 @@ struct Rows {
   __device__ __forceinline__ Part<float> sum_row(std::int64_t t, const TargetPlace& target, const RowScale& scale,
                                                  float& v_target) {
     Part<float> part;
-    float tail = has_tail() ? E::widen(source(t)[share.tail + reader]) : -INFINITY;
+    float tail = has_tail() ? unmarked<kCap>(E::widen(source(t)[share.tail + reader])) : -INFINITY;
     for (int c = 0; c < chunks; ++c, place.advance()) {
       wait(place);
       const bool here = c == target.chunk && reader == target.reader;
@@ -357,7 +366,7 @@ struct Rows {
                                              const RowGradient& g, float& v_target) {
     float rest = 0.0f;
     Storage* to = out(t);
-    float tail = has_tail() ? E::widen(source(t)[share.tail + reader]) : -INFINITY;
+    float tail = has_tail() ? unmarked<kCap>(E::widen(source(t)[share.tail + reader])) : -INFINITY;
     for (int c = 0; c < chunks; ++c, place.advance()) {
       wait(place);
       const bool here = c == target.chunk && reader == target.reader;

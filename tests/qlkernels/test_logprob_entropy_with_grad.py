@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -18,6 +19,10 @@ def make(T, V, dtype=torch.float32, device="cpu", pad=0, seed=0, scale=4.0, shif
     target_ids = torch.randint(V, (T,), generator=g).to(device)
     upstream = [torch.randn(T, generator=g).to(device) for _ in range(3)]
     return logits, target_ids, upstream
+
+
+def padding(V, dtype):
+    return -V % (16 // dtype.itemsize)
 
 
 def run(impl, logits, target_ids, upstream, **options):
@@ -92,6 +97,26 @@ def test_masked_and_dead_rows(impl):
     assert all((x[1] == 0) and (x[[0, 2, 3, 4]] != 0).all() for x in scores)
 
 
+def capped_rows_of_minus_infinity(V, dtype, device):
+    """A soft-cap c turns -inf into -c, which has mass: beside the target, as the target, at the
+    ends of the row, and in all of it.
+    """
+    logits, target_ids, upstream = make(6, V, dtype, device, padding(V, dtype), scale=2.0)
+    logits[1, 1::3] = -torch.inf
+    logits[2, target_ids[2]] = -torch.inf
+    logits[3, 0] = logits[3, V - 1] = -torch.inf
+    logits[4] = -torch.inf
+    target_ids[5], logits[5, V - 1] = V - 1, -torch.inf
+    return logits, target_ids, upstream
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_minus_infinity_under_a_softcap(impl):
+    arguments = capped_rows_of_minus_infinity(37, torch.float32, "cpu")
+    scores = check(impl, *arguments, softcap=3.0)
+    assert scores[0][4].item() == pytest.approx(-math.log(37))
+
+
 def test_arguments_are_checked():
     logits, target_ids, upstream = make(3, 7)
     bad = [
@@ -128,10 +153,6 @@ RING = [
 ]  # fmt: skip
 
 
-def padding(V, dtype):
-    return -V % (16 // dtype.itemsize)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("T, V", RING)
@@ -158,6 +179,20 @@ def test_gpu_forward_and_backward_in_the_ring(T, V):
         values = zip(NAMES, (*scores, dlogits), (*want, dtruth), (*base, dbase), strict=True)
         for name, *triple in values:
             assert_as_accurate(name, *triple)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("V", [37, 8203, 151_936])
+def test_gpu_minus_infinity_under_a_softcap(V):
+    logits, target_ids, upstream = capped_rows_of_minus_infinity(V, torch.bfloat16, "cuda")
+    check("cuda", logits, target_ids, upstream, softcap=3.0)
+    leaf = logits.clone().requires_grad_()
+    scores = logprob_entropy(leaf, target_ids, softcap=3.0, impl="cuda")
+    total = sum((x * g).sum() for x, g in zip(scores, upstream, strict=True))
+    (dlogits,) = torch.autograd.grad(total, leaf)
+    want = run("cuda", logits, target_ids, upstream, softcap=3.0)
+    for value, other in zip((*scores, dlogits), want, strict=True):
+        torch.testing.assert_close(value, other, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.gpu
