@@ -93,7 +93,10 @@ def own_registry(monkeypatch):
 
 def test_documentation_names_every_reward_and_runs(own_registry):
     text = DOCS.read_text()
-    for name in reward_names():
+    # plugins of recipes that other tests loaded have their own
+    ours = [n for n, e in registry._REWARDS.items() if e.rule.__module__.startswith("qwenlong.")]
+    assert {"sub_em", "number", "choice"} & set(ours)
+    for name in ours:
         assert f"| `{name}` |" in text
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
