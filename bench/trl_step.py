@@ -25,7 +25,6 @@ import typer
 from datasets import Dataset
 from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import GRPOConfig, GRPOTrainer
 
@@ -93,14 +92,20 @@ def variants() -> list[Variant]:
     ]  # fmt: skip
     liger = machine.package_version("liger-kernel")
     if liger and torch.cuda.is_available():
-        layers = {"fused_linear_cross_entropy": False}  # as GRPOTrainer asks for
         found.append(
             Variant(
                 f"{trl}+liger-{liger}", GRPOTrainer, GRPOConfig,
-                prepare=lambda model: apply_liger_kernel(model, layers),
+                prepare=apply_liger,
             )
         )  # fmt: skip
     return found
+
+
+def apply_liger(model: torch.nn.Module) -> None:
+    """As ``use_liger_kernel=True`` does, which GRPOTrainer asks for without Liger's loss."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
 
 
 # --- one trainer -----------------------------------------------------------------
