@@ -95,7 +95,7 @@ def test_documentation_names_every_reward_and_runs(own_registry):
     text = DOCS.read_text()
     # plugins of recipes that other tests loaded have their own
     ours = [n for n, e in registry._REWARDS.items() if e.rule.__module__.startswith("qwenlong.")]
-    assert {"sub_em", "number", "choice"} & set(ours)
+    assert "sub_em" in ours
     for name in ours:
         assert f"| `{name}` |" in text
     names: dict = {}
