@@ -250,7 +250,10 @@ class AEPOGRPOTrainer(GRPOTrainer):
         scoring = None
         if self._controller.entropy_source == "scoring_pass":
             scoring = self._scoring_pass(output)
-        dropping = self._controller.begin_step(scoring)
+        if scoring is None or scoring.isfinite():
+            dropping = self._controller.begin_step(scoring)
+        else:  # every completion was masked, and nothing is trained on
+            dropping = self._controller.dropping
         advantages = output["advantages"]
         keep = self._controller.keep_sequences(advantages, process_group=self._ranks())
         dropped = self.accelerator.gather((~keep).float()).mean().item()
@@ -337,7 +340,7 @@ class AEPOGRPOTrainer(GRPOTrainer):
             if (self._step + 1) % steps == 0:  # the last micro-batch of this generation batch
                 entropy = self._meter.value(self._ranks()).item()
                 self._metrics["train"]["aepo/entropy"].append(entropy)
-                if math.isfinite(entropy):  # not where every completion was masked
+                if math.isfinite(entropy):  # NaN where every completion was masked
                     self._controller.end_step(entropy)
         return loss
 

@@ -335,6 +335,23 @@ def test_aepo_decides_on_the_batch_itself_with_a_scoring_pass(tmp_path):
     )
 
 
+@pytest.mark.parametrize("source", ["previous_step", "scoring_pass"])
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_steps_without_a_token(source, shared_prefix, tmp_path):
+    """Completions of one token never end, and truncated ones are masked: no entropy, no loss."""
+    options = settings(
+        tmp_path, max_steps=2, max_completion_length=1, mask_truncated_completions=True,
+        num_iterations=1, router_aux_loss_coef=0.0,
+    )  # fmt: skip
+    config = AEPOGRPOConfig(
+        **options, aepo_low=0.5, aepo_high=1.0, aepo_entropy_source=source,
+        shared_prefix=shared_prefix,
+    )  # fmt: skip
+    trainer = run(AEPOGRPOTrainer, config)
+    assert trainer.losses == [0.0, 0.0] and logged(trainer, "completions/clipped_ratio")[0] == 1
+    assert trainer._controller.last_entropy is None and not any(logged(trainer, "aepo/dropping"))
+
+
 def test_aepo_below_the_bounds_changes_nothing(tmp_path):
     options = settings(tmp_path, max_steps=4)
     want = run(GRPOTrainer, GRPOConfig(**options))
