@@ -392,9 +392,8 @@ def _torch_backward(dout, q, k, v, out, lse, call):
     return dq, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype)
 
 
-# Fastest first, as measured on an H100 (causal, 32 query and 4 kv heads of 128, 32K tokens):
-# flash-attn-4 681, cuDNN 615, torch's flash kernel (that of flash-attn 2) 355 TFLOP/s.
-# inference: flash-attn 3 lies between; it was not measured.
+# Fastest first on an H100 (causal, heads of 128, 32K tokens); `python -m bench attention` measures
+# those that are installed. inference: flash-attn 3's place was not measured.
 BACKENDS: dict[str, Backend] = {
     "flash-attn-4": Backend(_why_not_flash_4, _flash_4_forward, _flash_4_backward),
     "flash-attn-3": Backend(_why_not_flash_3, _flash_3_forward, _flash_3_backward),
