@@ -281,7 +281,7 @@ def run(
             row = Row(
                 run=run_id, op=OP, case=case, impl=variant.name,
                 peer_scope="" if variant.name.startswith("ours-") else "same",
-                shape=f"model={model};P={P};G={G};R={R};V={sizes['vocab_size']}", dtype=dtype,
+                shape=f"T={G * (P + R)};model={model};P={P};G={G};R={R}", dtype=dtype,
                 ms_p20=p20, ms_p50=p50, ms_p80=p80, useful_flops=useful_flops(sizes, shape, case),
                 bytes=0, peak_mb=peak, rel_err=error, gpu=machine.device_name(device),
                 torch=torch.__version__, triton=machine.package_version("triton"), commit=commit,

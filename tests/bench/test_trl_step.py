@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("trl", reason="pip install 'trl>=1.16,<1.17'")
 
-from bench import results, trl_step  # noqa: E402
+from bench import plot, results, tables, trl_step  # noqa: E402
 from bench.gate import WrongResult  # noqa: E402
 
 
@@ -20,6 +20,10 @@ def test_every_variant_gives_rows_and_the_same_logprobs(tmp_path):
     assert {row.case for row in rows if not row.is_ours} == set(trl_step.CASES)
     assert all(row.rel_err < 1e-5 and row.ms_p50 > 0 for row in rows)
     assert [row.impl for row in results.read_rows(out)] == [row.impl for row in rows]
+    [picture] = plot.plot_folder(tmp_path)  # the files that all results are drawn and shown from
+    assert picture.stat().st_size > 10_000
+    table = tables.render(trl_step.OP, {"cpu-test": results.read_rows(out)})
+    assert "ours-shared_prefix" in table and "T=288 model=tiny P=64 G=4 R=8" in table
 
 
 def test_a_wrong_variant_is_not_timed(tmp_path, monkeypatch):
