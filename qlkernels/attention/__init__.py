@@ -13,6 +13,7 @@ and results: one more ``[T, Hq, D]`` and the log-sum-exp ``[Hq, T]``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -153,10 +154,12 @@ def _checked(op: str, q, k, v, softmax_scale):
 def _host_lengths(op, q, cu_seqlens, max_seqlen, lengths, backend) -> tuple[int, ...]:
     """Lengths on the host, checked where that costs no synchronisation; () where not known."""
     T = len(q)
+    is_free = q.device.type == "cpu" and not torch.compiler.is_compiling()  # to read cu_seqlens
     if lengths is not None:
         lengths = tuple(int(n) for n in lengths)
         wrong = len(lengths) != len(cu_seqlens) - 1 or sum(lengths) != T or min(lengths) < 0
-    elif max_seqlen == T and len(cu_seqlens) == 2:
+        wrong = wrong or (is_free and cu_seqlens.tolist() != [0, *accumulate(lengths)])
+    elif max_seqlen == T and len(cu_seqlens) == 2 and not is_free:
         return (T,)
     elif q.is_cuda and passes.BACKENDS[backend].packs and backend != "cudnn":
         return ()

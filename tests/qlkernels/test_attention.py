@@ -308,6 +308,9 @@ def test_wrong_operands(change, error, words):
         (dict(cu_seqlens=offsets(())), ValueError, r"\[B \+ 1\] with B >= 1"),
         (dict(cu_seqlens=offsets((2, 6)), max_seqlen=5), ValueError, "max_seqlen is 5, but"),
         (dict(lengths=[3, 3]), ValueError, "from 0 to T = 8"),
+        (dict(cu_seqlens=torch.tensor([1, 8], dtype=torch.int32)), ValueError, "from 0 to T = 8"),
+        (dict(cu_seqlens=offsets((7,))), ValueError, "from 0 to T = 8"),
+        (dict(cu_seqlens=offsets((3, 5)), lengths=[5, 3]), ValueError, "from 0 to T = 8"),
     ],
 )
 def test_wrong_offsets(change, error, words):
