@@ -265,7 +265,7 @@ def _export(folder: Path, engine: Engine, tokenizer: Any) -> None:
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-        model = engine.policy.model
+        model = engine.replica.model
         if engine.recipe.model.lora is not None:
             model = copy.deepcopy(model).float()
             model.load_state_dict(weights, strict=False)

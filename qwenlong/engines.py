@@ -35,6 +35,8 @@ class Engine:
     Args:
         policy: in fp32, on the device it trains on.
         recipe: optimizer and compute dtype are read.
+
+    ``replica`` is the policy, or an unsharded copy of it whose weights may be older.
     """
 
     lockstep = False
@@ -42,7 +44,7 @@ class Engine:
     process_group: dist.ProcessGroup | None = None
 
     def __init__(self, policy: PackedPolicy, recipe: Recipe):
-        self.policy = policy
+        self.policy = self.replica = policy
         self.recipe = recipe
         self.device = next(policy.parameters()).device
         self._working = [p for p in policy.parameters() if p.requires_grad]
@@ -189,7 +191,7 @@ class FSDP2Engine(Engine):
         _need_processes("fsdp2")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.process_group = dist.group.WORLD
-        self._replica = _replica(policy, recipe)
+        self.replica = _replica(policy, recipe)
         self.policy = policy
         self.recipe = recipe
         self.device = next(policy.parameters()).device
@@ -222,8 +224,8 @@ class FSDP2Engine(Engine):
         return {name.removeprefix("model."): value for name, value in found.items()}
 
     def rollout_model(self) -> nn.Module:
-        self._replica.model.load_state_dict(self._full(on_cpu=False), strict=False)
-        return self._for_rollouts(self._replica)
+        self.replica.model.load_state_dict(self._full(on_cpu=False), strict=False)
+        return self._for_rollouts(self.replica)
 
     def weights(self) -> dict[str, torch.Tensor]:
         found = self._full(on_cpu=True)
@@ -236,7 +238,10 @@ class FSDP2Engine(Engine):
         )
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(self.policy, self._optimizer, options=options)
+        state = {}
+        # Before the first update torch would make a state by a step of its own, which Adam counts.
+        if self._optimizer.state:
+            state = get_optimizer_state_dict(self.policy, self._optimizer, options=options)
         if self.rank == 0:
             torch.save(state, folder / OPTIMIZER_FILE)
 
@@ -248,7 +253,8 @@ class FSDP2Engine(Engine):
 
         state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.policy, self._optimizer, state, options=options)
+        if state:
+            set_optimizer_state_dict(self.policy, self._optimizer, state, options=options)
 
 
 # --- DeepSpeed ---------------------------------------------------------------
@@ -273,7 +279,7 @@ class DeepSpeedEngine(Engine):
         self.process_group = dist.group.WORLD
         self.recipe = recipe
         self.device = next(policy.parameters()).device
-        self._replica = _replica(policy, recipe)
+        self.replica = _replica(policy, recipe)
         self._stage = recipe.engine.zero_stage
         self._names = {
             id(p): name for name, p in policy.model.named_parameters() if p.requires_grad
@@ -328,8 +334,8 @@ class DeepSpeedEngine(Engine):
 
     def rollout_model(self) -> nn.Module:
         # tied weights have one name here and two in the replica
-        self._replica.model.load_state_dict(self._full(), strict=False)
-        return self._for_rollouts(self._replica)
+        self.replica.model.load_state_dict(self._full(), strict=False)
+        return self._for_rollouts(self.replica)
 
     def weights(self) -> dict[str, torch.Tensor]:
         found = self._full()

@@ -1,6 +1,7 @@
 """Sharded engines on two CPU processes against one process with everything."""
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -8,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from rich.console import Console
+from safetensors.torch import load_file
 
 from qwenlong.errors import InputError
+from qwenlong.metrics import METRICS_FILE, read_metrics
 from qwenlong.run_setup import build_run
+from qwenlong.train_command import run_stage
 from tests.qwenlong.train_runs import make_model, tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +90,37 @@ def run_halves(recipe, folder):
 
 def test_fsdp2_equals_one_process(model, one, tmp_path):
     assert_equal_runs(run_ranks(recipe_of(model, engine={"kind": "fsdp2"}), tmp_path, 2), one)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_fsdp2_saves_and_exports_what_one_process_does(model, tmp_path, one_rank, lora):
+    """Nothing is learnt in the first step: its checkpoint holds an optimizer without a state."""
+    if lora:
+        pytest.importorskip("peft")
+    changes = {"model": {"lora": lora}, "optimizer": {"learning_rate": 1e-3}}
+    console, halves = Console(file=io.StringIO()), tmp_path / "halves"
+    sharded = tiny_recipe(model, steps=3, engine={"kind": "fsdp2"}, **changes)
+    one = tiny_recipe(model, steps=3, **changes)
+    run_stage(sharded.model_copy(update={"steps": 1}), halves, resume=False, console=console)
+    exported = [
+        run_stage(recipe, out, resume=out == halves, console=console)
+        for recipe, out in ((one, tmp_path / "one"), (sharded, tmp_path / "whole"),
+                            (sharded, halves))
+    ]  # fmt: skip
+    learnt = [row["grad_norm"] > 0 for row in read_metrics(tmp_path / "one" / METRICS_FILE)]
+    assert learnt == [False, True, True]
+    expected, *found = (load_file(folder / "model.safetensors") for folder in exported)
+    for weights in found:
+        assert weights.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
 
 
 @pytest.mark.real
