@@ -102,6 +102,10 @@ class DataSettings(Settings):
             raise ValueError("give folder (made by qwenlong synth run), tasks, or both")
         if self.above_tokens >= self.max_prompt_tokens:
             raise ValueError("above_tokens must be below max_prompt_tokens")
+        if self.retrospective is not None and not self.above_tokens:
+            raise ValueError(
+                "retrospective draws prompts of at most above_tokens; set above_tokens"
+            )
         return self
 
 

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -57,17 +58,20 @@ def load_plugins(plugins: Sequence[str]) -> None:
             if not plugin.endswith(".py"):
                 importlib.import_module(plugin)
                 continue
-            name = f"qwenlong_plugin_{Path(plugin).stem}"
-            if name in _LOADED:
+            # Two files of one name are two modules, a file and its copy are one.
+            digest = hashlib.sha256(Path(plugin).read_bytes()).hexdigest()[:8]
+            name = f"qwenlong_plugin_{Path(plugin).stem}_{digest}"
+            if name in sys.modules:
                 continue
             spec = importlib.util.spec_from_file_location(name, plugin)
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-            _LOADED.add(name)
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[name]
+                raise
         except (ImportError, FileNotFoundError) as error:
             raise InputError(f"plugin {plugin} cannot be imported: {error}.") from error
-
-
-_LOADED: set[str] = set()
 
 
 class StageData(NamedTuple):
@@ -121,6 +125,14 @@ def load_stage_data(recipe: Recipe, tokenizer: Any, out: Path) -> StageData:
     return StageData(chosen, earlier, resolve)
 
 
+def digest_of(samples: Iterable[Sample]) -> str:
+    """sha256 over all that the samples say, in their order; of documents by ``ref`` the ref."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.model_dump_json().encode() + b"\n")
+    return digest.hexdigest()
+
+
 def _prompt_lengths(samples, tokenizer, resolve, cache: Path, key: str) -> list[int]:
     """Tokens of each prompt; counted once, and again where ``key`` is another."""
     kept = json.loads(cache.read_text()) if cache.exists() else {}
@@ -160,7 +172,8 @@ def measured_rewards(
     block: int,
 ) -> dict[str, float]:
     """Mean reward of ``environment.group_size`` new answers to each sample, ``block`` samples at a
-    time; ``path`` keeps them, so that an interrupted measurement goes on.
+    time; ``path`` keeps them, so that an interrupted measurement goes on. A sample of which the
+    judge left all answers open has no entry: nobody knows how hard it is.
     """
     with JsonlAppender(path) as kept:
         found = {row["id"]: row["reward"] for row in read_jsonl(path)}
@@ -171,9 +184,9 @@ def measured_rewards(
             rolled = EPISODES[episodes](environment, part, seed_of(seed, part[0].id), 0)
             means = mean_rewards(with_rewards(environment, part, rolled))
             for sample in part:
-                found[sample.id] = means.get(sample.id, 0.0)
+                found[sample.id] = means.get(sample.id)
                 kept.append({"id": sample.id, "reward": found[sample.id]})
-    return found
+    return {name: reward for name, reward in found.items() if reward is not None}
 
 
 def draw_earlier(

@@ -28,6 +28,7 @@ from qwenlong.checkpoint import (
 from qwenlong.config import Recipe
 from qwenlong.engines import Engine
 from qwenlong.episodes import EPISODES, Environment, seed_of, with_rewards
+from qwenlong.errors import InputError
 from qwenlong.policy import (
     LossInputs,
     MicroBatch,
@@ -36,7 +37,7 @@ from qwenlong.policy import (
     token_weights,
 )
 from qwenlong.sampler import TaskBalancedSampler
-from qwenlong.stage_data import ROLLOUTS_FOLDER
+from qwenlong.stage_data import ROLLOUTS_FOLDER, digest_of
 from qwenlong.storage import write_jsonl
 from qwenlong.train_report import Clock, Metrics, aepo_metrics, describe, trajectory_rows
 from qwenlong.types import Sample, Trajectory
@@ -65,15 +66,24 @@ class Run:
     weights_are_whole: bool = True  # False from a step's first update to its last
     _started: dict[str, Any] = field(default_factory=dict)  # states at the start of the step
 
+    def __post_init__(self) -> None:
+        self._data = digest_of(self.samples)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside weights, optimizer and random states; JSON types."""
         return {
             "step": self.step,
+            "data": self._data,
             "sampler": {**self.sampler.state_dict(), "batches": self.step},
             "aepo": self.controller.state_dict() if self.controller else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["data"] != self._data:
+            raise InputError(
+                f"{self.out} was trained on other samples than its recipe gives; go on with the "
+                "data it was started with, or choose another --out."
+            )
         self.step = state["step"]
         self.sampler.load_state_dict(state["sampler"])
         if self.controller is not None:
@@ -97,7 +107,9 @@ class Run:
             error = problem
         if self.engine.largest(int(self.stop_requested)) and error is None:
             error = Stopped(f"stopped in step {self.step + 1}")
-        failed = [text for text in self.engine.gather(error and str(error)) if text]
+        failed = [
+            text for text in self.engine.gather(error and (str(error) or repr(error))) if text
+        ]
         if failed and self.engine.world_size > 1:  # one kind of error, so that all ranks save
             raise Stopped(failed[0]) from error
         if error is not None:
@@ -143,7 +155,10 @@ def train_step(run: Run) -> Metrics:
     entropy = _score(run, trained) if is_scored else None
     if run.controller is not None:
         run.controller.begin_step(entropy)
-        keep = run.controller.keep_sequences(advantages, process_group=engine.process_group)
+        # On the engine's device, because NCCL sums no CPU tensors.
+        keep = run.controller.keep_sequences(
+            advantages.to(engine.device), process_group=engine.process_group
+        ).cpu()
     live = keep & (advantages != 0)
     clock.lap("score")
 

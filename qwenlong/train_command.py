@@ -141,6 +141,11 @@ def train_command(
             loaded = load_recipe(recipe)
             if not isinstance(loaded, Recipe):
                 raise InputError(f"{recipe} is a merge; run its folder as a ladder.")
+            if loaded.start_from is not None:
+                raise InputError(
+                    f"{recipe} goes on from the stage {loaded.start_from!r}; run its folder as a "
+                    "ladder, or give its model as model.path and leave start_from out."
+                )
             final = run_stage(loaded, out, resume=resume, console=console)
         console.print(f"the model is in {final}", soft_wrap=True)
     finally:

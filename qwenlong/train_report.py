@@ -63,14 +63,15 @@ def trajectory_rows(
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> Metrics:
-    """Means over the trajectories of a step."""
+    """Means over the trajectories of a step; rewards are those that are known."""
     rewards: dict[str, list[float]] = {}
     groups: dict[str, set[float]] = {}
-    for row in rows:
+    known = [row for row in rows if row["advantage"] is not None]
+    for row in known:
         rewards.setdefault(row["task"], []).append(row["reward"]["value"])
         groups.setdefault(row["sample_id"], set()).add(row["reward"]["value"])
     return {
-        "reward": statistics.fmean(row["reward"]["value"] for row in rows),
+        "reward": statistics.fmean(row["reward"]["value"] for row in known),
         **{f"reward/{task}": statistics.fmean(rewards[task]) for task in sorted(rewards)},
         "reward_errors": sum(row["reward"]["source"] == "error" for row in rows),
         "response_tokens": statistics.fmean(row["response_tokens"] for row in rows),

@@ -20,6 +20,7 @@ from qwenlong.checkpoint import (
 )
 from qwenlong.errors import InputError
 from qwenlong.run_setup import build_run, lock_run
+from qwenlong.stage_data import TASK_MAKERS
 from qwenlong.train import train
 from qwenlong.train_command import run_stage
 from tests.qwenlong.train_runs import (
@@ -196,6 +197,28 @@ def test_another_recipe_is_refused_and_free_settings_are_not(model, tmp_path):
         run_here(other, out, resume=True)
     run_here(tiny_recipe(model, steps=2, checkpoint={"keep": 1}), out, resume=True)
     assert [p.name for p in checkpoint_folders(out)] == ["step-00000002"]
+
+
+def test_other_samples_under_the_same_recipe_are_refused(model, tmp_path):
+    out, plugin = tmp_path / "run", tmp_path / "notes.py"
+    plugin.write_text(
+        "from qwenlong.stage_data import register_task\n"
+        "from qwenlong.types import Sample\n"
+        "WORD = ['Hi']\n"
+        "@register_task('notes')\n"
+        "def notes(count, seed):\n"
+        "    return [Sample(id=f'n{i}', task='notes', question=f'Say {WORD[0]} {i}.', documents=[],"
+        " answers=['a'], answer_type='text', reward='cover') for i in range(count)]\n"
+    )
+    data = {"tasks": [{"name": "notes", "count": 8}]}
+    recipe = tiny_recipe(model, steps=1, plugins=[str(plugin)], data=data)
+    try:
+        run_here(recipe, out)
+        TASK_MAKERS["notes"].__globals__["WORD"][0] = "Yo"
+        with pytest.raises(InputError, match="was trained on other samples"):
+            run_here(recipe.model_copy(update={"steps": 2}), out, resume=True)
+    finally:
+        TASK_MAKERS.pop("notes", None)
 
 
 def test_the_last_n_are_kept(whole):

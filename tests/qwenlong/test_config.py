@@ -38,6 +38,8 @@ def test_defaults_are_those_of_the_paper():
         ({"data": {"max_prompt_tokens": 5}}, "data: give folder"),
         ({"data": {"folder": "d", "above_tokens": 5, "max_prompt_tokens": 5}}, "above_tokens must "
          "be below max_prompt_tokens"),
+        ({"data": {"folder": "d", "max_prompt_tokens": 5, "retrospective": {"stages": ["a"],
+         "count": 1}}}, "retrospective draws prompts of at most above_tokens"),
         ({"data": {"max_prompt_tokens": 5, "tasks": [{"name": "a", "count": 0}]}},
          "data.tasks.0.count: input should be greater than or equal to 1, got 0"),
         ({"steps": "3"}, "steps: input should be a valid integer, got '3'"),

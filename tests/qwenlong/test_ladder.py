@@ -17,6 +17,7 @@ from qwenlong.ladder import load_ladder, run_ladder
 from qwenlong.merge import sce_merge
 from qwenlong.run_setup import build_run
 from qwenlong.stage_data import draw_earlier, measured_rewards, recorded_rewards
+from qwenlong.types import Reward
 from tests.qwenlong.train_runs import kill_after, make_model, start, tiny_recipe
 
 LADDERS = Path(__file__).parents[2] / "recipes"
@@ -174,6 +175,21 @@ def test_unsolved_samples_are_drawn_first_and_unknown_ones_never(tmp_path):
     rewards = {s.id: (0.0 if i < 2 else 0.9) for i, s in enumerate(samples[:5])}
     assert draw_earlier(samples, rewards, 2, seed=0) == samples[:2]
     assert draw_earlier(samples, rewards, 100, seed=0) == samples[:5]
+
+
+def test_a_sample_that_the_judge_left_open_has_no_difficulty(tmp_path, monkeypatch):
+    run = build_run(tiny_recipe(make_model(tmp_path)), tmp_path / "run")
+    samples, path = run.samples[:3], tmp_path / "difficulty.jsonl"
+
+    def first_is_open(environment, part, rolled):
+        source = {s.id: "error" if s.id == samples[0].id else "rule" for s in samples}
+        rewards = [Reward(value=0.0, source=source[t.sample_id]) for t in rolled]
+        return [t.model_copy(update={"reward": r}) for t, r in zip(rolled, rewards, strict=True)]
+
+    monkeypatch.setattr("qwenlong.stage_data.with_rewards", first_is_open)
+    known = {s.id: 0.0 for s in samples[1:]}
+    for _ in range(2):  # the second time from the file
+        assert measured_rewards(run.environment, "full", samples, 1, path, block=3) == known
 
 
 def test_a_measurement_goes_on_where_it_was_left(tmp_path):

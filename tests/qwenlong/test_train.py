@@ -21,9 +21,10 @@ from qwenlong.policy import loss_totals, pack_trajectories, token_weights
 from qwenlong.rewards import Judge, score
 from qwenlong.rollout import EmbeddedRollouts
 from qwenlong.run_setup import build_run
-from qwenlong.stage_data import TASK_MAKERS
+from qwenlong.stage_data import TASK_MAKERS, load_plugins
 from qwenlong.train import Stopped, train, train_step
-from qwenlong.train_command import run_stage
+from qwenlong.train_command import run_stage, train_command
+from qwenlong.train_report import describe
 from qwenlong.types import Reward, Trajectory, Turn
 from tests.qwenlong.train_runs import make_model, tiny_recipe
 
@@ -339,6 +340,36 @@ def test_a_reward_that_was_left_open_counts_nowhere(model, tmp_path, monkeypatch
         assert torch.equal(mine, theirs)
 
 
+def test_metrics_are_of_the_rewards_that_are_known():
+    def row(value, source, advantage):
+        return {"task": "a", "sample_id": "s", "reward": {"value": value, "source": source},
+                "advantage": advantage, "response_tokens": 2, "finish_reason": "stop"}  # fmt: skip
+
+    found = describe([row(0.5, "rule", 0.0), row(0.5, "rule", 0.0), row(0.0, "error", None)])
+    assert found["reward"] == found["reward/a"] == 0.5
+    assert found["live_fraction"] == 0.0  # what is not known teaches nothing
+    assert found["reward_errors"] == 1
+
+
+def test_ranks_agree_on_an_error_without_words(model, tmp_path):
+    run = build_run(tiny_recipe(model), tmp_path / "run")
+    told = []
+
+    class TwoRanks:
+        world_size = 2
+        largest = staticmethod(lambda value: value)
+        gather = staticmethod(lambda value: told.append(value) or [value, None])
+
+    run.engine = TwoRanks()
+
+    def fails():
+        raise TimeoutError
+
+    with pytest.raises(Stopped, match="TimeoutError"):
+        run.agreed(fails)
+    assert told == ["TimeoutError()"]  # the other rank hears of it
+
+
 def test_a_step_without_any_reward_stops(model, tmp_path, monkeypatch):
     skipped = Reward(value=0.0, source="error", skipped=True)
     rolled = [t.model_copy(update={"reward": skipped}) for t in random_trajectories(1)]
@@ -501,7 +532,8 @@ def test_an_advantage_is_one_function_and_one_line(model, tmp_path, monkeypatch)
         ({"batch": {"prompts": 99}}, "batch.prompts: .* takes 99 samples of task 'letters'"),
         ({"data": {"stratify": {"bins": 2, "per_bin": 3}}}, "data.stratify: .* no difficulty"),
         ({"plugins": ["nowhere.py"]}, "plugin nowhere.py cannot be imported"),
-        ({"data": {"retrospective": {"stages": ["x"], "count": 1}}}, "no earlier stage 'x'"),
+        ({"data": {"above_tokens": 1, "retrospective": {"stages": ["x"], "count": 1}}},
+         "no earlier stage 'x'"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_does_not_fit_is_refused_in_one_sentence(model, tmp_path, changes, sentence):
@@ -519,6 +551,42 @@ def test_a_refused_recipe_leaves_the_folder_free(model, tmp_path):
     assert min(lengths) > 50
     with pytest.raises(InputError, match="holds a run"):
         build_run(tiny_recipe(model, data=longer), out)
+
+
+PLUGIN = """
+from __future__ import annotations
+from dataclasses import dataclass
+from qwenlong.stage_data import register_task
+
+@dataclass
+class Maker:
+    number: int
+    def __call__(self, count, seed):
+        return []
+
+register_task({name!r})(Maker(1))
+"""
+
+
+def test_plugins_of_one_file_name_are_all_imported_and_once(tmp_path):
+    files = [tmp_path / folder / "mine.py" for folder in ("one", "two")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(PLUGIN.format(name=f"plugin_{file.parent.name}"))
+    try:
+        load_plugins([str(file) for file in files])
+        load_plugins([str(files[0])])
+        assert {"plugin_one", "plugin_two"} <= set(TASK_MAKERS)
+    finally:
+        for name in ("plugin_one", "plugin_two"):
+            TASK_MAKERS.pop(name, None)
+
+
+def test_a_stage_of_a_ladder_is_not_trained_alone_from_another_model(tmp_path):
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny-ladder" / "4-memory.yaml"
+    with pytest.raises(InputError, match="goes on from the stage '3-long'; run its folder"):
+        train_command(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_page_shows_runs():
