@@ -4,11 +4,9 @@ Memory bound: rows count bytes, no FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from bench.cases.providers import our_op, timed
+from bench.cases.providers import graphed, our_op, timed
 from bench.gate import Comparison, WrongResult, require
 from bench.registry import OPS, Outputs, Problem, Unavailable, register
 
@@ -67,28 +65,6 @@ def _eager(logits: torch.Tensor, top_k: int) -> Outputs:
     return {"weights": weights}
 
 
-def _as_graph(call: Callable[[], Outputs]) -> Callable[[], Outputs]:
-    """Replays what ``call`` launches; it is captured when it is first asked for."""
-    captured: list = []
-
-    def replay() -> Outputs:
-        if not captured:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    call()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = call()
-            captured.extend((graph, outputs))
-        captured[0].replay()
-        return captured[1]
-
-    return replay
-
-
 def _points(case: str, *sizes: tuple[int, str], dtype: str = "bf16", E: int = 128, top_k: int = 8):
     return [
         dict(case=case, dtype=dtype, T=T, E=E, top_k=top_k, routing=routing) for T, routing in sizes
@@ -138,7 +114,7 @@ def _moe_routing(
         calls[label] = lambda: _eager(logits, top_k)
     run = timed(calls, {"logits": logits}, gradients)
     if case == "graph":
-        run = {name: _as_graph(call) for name, call in run.items()}
+        run = graphed(run)
     names = _FLOATS + (("dlogits",) if gradients else ())
     exact = _EXACT[: 2 if gradients else None]
 

@@ -154,6 +154,20 @@ def test_wrong_kernels_are_refused_and_the_others_timed(tmp_path, doubling):
     assert "absent  absent-peer: not installed" in text
 
 
+def test_a_provider_that_fails_at_its_second_call_does_not_stop_the_run(tmp_path, doubling):
+    def fails_later(x, calls=[]):  # noqa: B006 - counts its calls
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("cannot be captured")
+        return x + x
+
+    doubling["peer-graph-1.0"] = fails_later
+    doubling["ours-right"] = lambda x: x + x
+    report, _clock, text, _out = measure(tmp_path)
+    assert [r.impl for r in report.rows] == ["ours-right"]
+    assert "refused peer-graph-1.0: RuntimeError: cannot be captured" in text
+
+
 def test_rows_say_what_was_measured(tmp_path, doubling):
     doubling["ours-right"] = lambda x: x + x
     doubling["peer-1.0"] = lambda x: x + x
