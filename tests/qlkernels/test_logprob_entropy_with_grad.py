@@ -25,13 +25,20 @@ def padding(V, dtype):
     return -V % (16 // dtype.itemsize)
 
 
+def copy_of(logits):
+    """With the same row stride; clone() would pack the rows, which then start anywhere."""
+    T, V = logits.shape
+    return logits.new_empty(T, logits.stride(0))[:, :V].copy_(logits)
+
+
 def run(impl, logits, target_ids, upstream, **options):
     scores, dlogits = logprob_entropy_with_grad(logits, target_ids, *upstream, impl=impl, **options)
     return (*scores, dlogits)
 
 
 def check(impl, logits, target_ids, upstream, **options):
-    actual = run(impl, logits, target_ids, upstream, **options)
+    memory = copy_of(logits) if options.get("inplace") else logits
+    actual = run(impl, memory, target_ids, upstream, **options)
     options.pop("inplace", None)
     doubled = [None if g is None else g.double() for g in upstream]
     ref = partial(logprob_entropy_with_grad_ref, **options)
@@ -148,8 +155,8 @@ def test_custom_op_passes_opcheck():
 # V around a vector, a chunk (8192 values of 16 bits), the longest row of one block, of a cluster of
 # 2 and of larger ones; rows around the number of multiprocessors
 RING = [
-    (1, 8), (2, 13), (3, 8192), (5, 8200), (133, 8191), (300, 16_411), (7, 90_112), (40, 90_117),
-    (150, 151_936), (9, 262_147), (3, 1_000_003),
+    (1, 8), (2, 5), (2, 13), (3, 8192), (5, 8200), (133, 8191), (300, 16_411), (7, 90_112),
+    (40, 90_117), (150, 151_936), (9, 262_147), (3, 1_000_003),
 ]  # fmt: skip
 
 
@@ -157,10 +164,15 @@ RING = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("T, V", RING)
 def test_gpu_rows_in_the_ring(T, V, dtype):
-    arguments = make(T, V, dtype, "cuda", padding(V, dtype))
-    actual = check("cuda", *arguments)
-    again = run("cuda", *arguments)
+    """In place: a new gradient has packed rows, which start on 16 bytes only for some V."""
+    logits, target_ids, upstream = make(T, V, dtype, "cuda", padding(V, dtype))
+    assert logits.stride(0) * dtype.itemsize % 16 == 0
+    actual = check("cuda", logits, target_ids, upstream, inplace=True)
+    again = run("cuda", copy_of(logits), target_ids, upstream, inplace=True)
     assert all(torch.equal(x, y) for x, y in zip(actual, again, strict=True))
+    elsewhere = check("cuda", logits, target_ids, upstream)
+    if padding(V, dtype) == 0:
+        assert all(torch.equal(x, y) for x, y in zip(actual, elsewhere, strict=True))
 
 
 @pytest.mark.gpu
@@ -171,7 +183,7 @@ def test_gpu_forward_and_backward_in_the_ring(T, V):
         logits.double(), target_ids, *(g.double() for g in upstream)
     )
     base, dbase = logprob_entropy_with_grad_ref(logits, target_ids, *upstream)
-    leaf = logits.clone().requires_grad_()
+    leaf = copy_of(logits).requires_grad_()
     for inplace in (False, True):
         scores = logprob_entropy(leaf, target_ids, impl="cuda", inplace_backward=inplace)
         total = sum((x * g).sum() for x, g in zip(scores, upstream, strict=True))
@@ -185,12 +197,11 @@ def test_gpu_forward_and_backward_in_the_ring(T, V):
 @pytest.mark.parametrize("V", [37, 8203, 151_936])
 def test_gpu_minus_infinity_under_a_softcap(V):
     logits, target_ids, upstream = capped_rows_of_minus_infinity(V, torch.bfloat16, "cuda")
-    check("cuda", logits, target_ids, upstream, softcap=3.0)
-    leaf = logits.clone().requires_grad_()
-    scores = logprob_entropy(leaf, target_ids, softcap=3.0, impl="cuda")
+    want = check("cuda", logits, target_ids, upstream, softcap=3.0, inplace=True)
+    leaf = copy_of(logits).requires_grad_()
+    scores = logprob_entropy(leaf, target_ids, softcap=3.0, inplace_backward=True, impl="cuda")
     total = sum((x * g).sum() for x, g in zip(scores, upstream, strict=True))
     (dlogits,) = torch.autograd.grad(total, leaf)
-    want = run("cuda", logits, target_ids, upstream, softcap=3.0)
     for value, other in zip((*scores, dlogits), want, strict=True):
         torch.testing.assert_close(value, other, rtol=2**-7, atol=1e-6)
 
@@ -205,7 +216,7 @@ def test_gpu_options_masks_and_certain_targets():
     upstream = [torch.where(torch.arange(T, device="cuda") % 3 != 0, g, 0.0) for g in upstream]
     for inplace in (False, True):
         options = dict(row_mask=mask, temperature=tau, softcap=20.0, logit_scale=0.5)
-        check("cuda", logits.clone(), target_ids, upstream, inplace=False, **options)
+        check("cuda", logits, target_ids, upstream, inplace=inplace, **options)
         memory = logits.clone()
         got = run("cuda", memory, target_ids, upstream, inplace=inplace, **options)
         want = run("cuda", logits, target_ids, upstream, **options)
