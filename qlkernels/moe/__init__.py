@@ -281,8 +281,6 @@ def moe_mlp(
         raise ValueError(f"{OP}: chunk_tokens must be at least 1, got {chunk_tokens}")
     buffers = _checked_buffers(grad_buffers, w_gate_up, w_down)
     blockers = {"triton": why_not_triton(x), "torch": None, "reference": None}
-    if impl == "auto" and x.device.type == "cpu":
-        del blockers["triton"]  # on the CPU it would be the interpreter
     chosen = pick_impl(OP, impl, blockers)
     if chosen == "reference":
         if grad_buffers is not None:
