@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwenlong.errors import InputError
@@ -228,6 +227,8 @@ def compare(
 
     results = [read_results(folder) for folder in (first, second)]
     names = (first.name, second.name)
+    if first.name == second.name:
+        names = (str(first), str(second))
     try:
         table = report.comparison_markdown(names, report.compare(*results))
     except ValueError as error:
@@ -236,7 +237,12 @@ def compare(
     with atomic_write(out / "comparison.md") as file:
         file.write(f"{table}\n\n{report.METHOD}; of the difference: both combined.\n")
     report.draw(runs, out / "comparison.png")
-    Console().print(Markdown(table))
+    _show(table)
+
+
+def _show(table: str) -> None:
+    """On standard output, whole: a narrow terminal breaks lines and shortens no name."""
+    Console().print(table, markup=False, highlight=False, soft_wrap=True)
 
 
 def _finish(console: Console, out: Path, results: list[EvalResult]) -> None:
@@ -248,7 +254,7 @@ def _finish(console: Console, out: Path, results: list[EvalResult]) -> None:
     if described["mode"] == "full" and described["window"]:
         title += f", window {described['window']:,} ({described['keep']})"
     files = write_report(out, results, title)
-    Console().print(Markdown(as_markdown(summarise(results))))
+    _show(as_markdown(summarise(results)))
     open_verdicts = sum((r.model_extra or {}).get("judge") == "error" for r in results)
     if open_verdicts:
         console.print(f"{open_verdicts} verdicts of the judge are missing; `score` asks again")

@@ -133,6 +133,22 @@ def test_two_runs_are_compared(data, tmp_path, monkeypatch):
     assert (out / "comparison.png").stat().st_size > 5_000
 
 
+def test_runs_of_one_name_are_two_runs_and_the_terminal_shortens_no_name(
+    data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(eval_command, "_open_client", lambda *args: PerfectReader([]))
+    monkeypatch.setenv("COLUMNS", "40")
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for folder in folders:
+        assert run("run", data, "--out", folder, "--model", "m", "--tokenizer", "chars4") == 0
+        assert "| task | length | questions | samples | score |" in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr("qwenlong.evals.report.draw", lambda runs, path: drawn.append(list(runs)))
+    assert run("compare", *folders, "--out", tmp_path / "both") == 0
+    assert drawn == [[str(folder) for folder in folders]]
+    assert f"| {folders[0]} | {folders[1]} | difference |" in capsys.readouterr().out
+
+
 def test_score_again_needs_no_model(data, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_command, "_open_client", lambda *args: PerfectReader([]))
     out = tmp_path / "run"
