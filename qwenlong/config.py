@@ -322,7 +322,7 @@ def recipe_from(kind: type[Settings], raw: dict[str, Any]) -> Any:
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a file over that of the file it extends, paths made absolute."""
-    if path in seen:
+    if path.resolve() in seen:
         raise InputError(f"{path} extends itself")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=RecipeLoader)
@@ -342,7 +342,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     if not isinstance(below, str):
         raise InputError(f"{path}: extends must name one file, got {below!r}")
-    return _over(_read(path.parent / below, (*seen, path)), raw)
+    return _over(_read(path.parent / below, (*seen, path.resolve())), raw)
 
 
 def _over(below: Any, above: Any) -> Any:

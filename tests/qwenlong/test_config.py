@@ -118,6 +118,7 @@ def test_a_merge_is_known_by_its_section(tmp_path):
         (b"- a", "must be a mapping"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"extends: bad.yaml", "extends itself"),
+        (b"extends: sub/../bad.yaml", "extends itself"),
         (b"extends: nowhere.yaml", "does not exist"),
         (b"extends: [a]", "extends must name one file"),
     ],
