@@ -37,7 +37,7 @@ from qwenlong.storage import write_json
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 ADAPTER_FILE = "adapter.pt"
 RECIPE_FILE = "recipe.json"
 _NAME = re.compile(r"^step-(\d{8})$")
