@@ -469,6 +469,32 @@ def _refuse_double_backward(ctx, *_grads):
 _op_bwd.register_autograd(_refuse_double_backward)
 
 
+def check_arguments(
+    op, logits, target_ids, temperature, row_mask, softcap, logit_scale, *, inplace, validate, impl
+) -> dict[str, int]:
+    """Raise on what does not fit, else the sizes. ``inplace`` names the argument that asks for the
+    gradient in the memory of the logits, or is None.
+    """
+    sizes: dict[str, int] = {}
+    _checks.check_shape(op, "logits", logits, "T V", sizes)
+    _checks.check_dtype(
+        op, "logits", logits, DTYPES + ((torch.float64,) if impl == "reference" else ())
+    )
+    _checks.check_last_dim_contiguous(op, "logits", logits)
+    _checks.check_rows(op, logits, "logits", target_ids, temperature, row_mask, sizes)
+    _checks.check_scalars(op, temperature, softcap, logit_scale)
+    T, V = logits.shape
+    if V == 0:
+        raise ValueError(f"{op}: logits is [T, V] = {(T, V)}: an empty vocabulary")
+    if inplace is not None and T > 1 and logits.stride(0) < V:
+        raise ValueError(
+            f"{op}: {inplace} needs rows of their own, but logits has strides {logits.stride()}"
+        )
+    if validate or logits.device.type == "cpu":
+        _checks.check_targets(op, target_ids, row_mask, V)
+    return sizes
+
+
 def blockers_of(logits: torch.Tensor) -> dict[str, str | None]:
     """Why each implementation cannot run on ``logits``, or None; the fastest is first."""
     cuda, triton_ = _ext.why_not_cuda(logits), why_not_triton(logits)
@@ -526,25 +552,10 @@ def logprob_entropy(
             softcap=softcap, logit_scale=logit_scale, inplace_backward=inplace_backward,
             validate=validate, impl=impl,
         )  # fmt: skip
-    sizes: dict[str, int] = {}
-    _checks.check_shape(OP, "logits", logits, "T V", sizes)
-    _checks.check_dtype(
-        OP, "logits", logits, DTYPES + ((torch.float64,) if impl == "reference" else ())
-    )
-    _checks.check_last_dim_contiguous(OP, "logits", logits)
-    _checks.check_rows(OP, logits, "logits", target_ids, temperature, row_mask, sizes)
-    _checks.check_scalars(OP, temperature, softcap, logit_scale)
-    T, V = logits.shape
-    if V == 0:
-        raise ValueError(f"{OP}: logits is [T, V] = {(T, V)}: an empty vocabulary")
-    if inplace_backward and T > 1 and logits.stride(0) < V:
-        raise ValueError(
-            f"{OP}: inplace_backward needs rows of their own, but logits has strides "
-            f"{logits.stride()}"
-        )
-    if validate or logits.device.type == "cpu":
-        _checks.check_targets(OP, target_ids, row_mask, logits.shape[1])
-
+    check_arguments(
+        OP, logits, target_ids, temperature, row_mask, softcap, logit_scale,
+        inplace="inplace_backward" if inplace_backward else None, validate=validate, impl=impl,
+    )  # fmt: skip
     chosen = pick_impl(OP, impl, blockers_of(logits))
     is_tensor = isinstance(temperature, torch.Tensor)
     if chosen == "reference":

@@ -17,7 +17,7 @@ from qlkernels import _checks, _ext
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._scores import TokenScores
-from qlkernels.logprob_entropy import DTYPES, blockers_of, logprob_entropy_ref
+from qlkernels.logprob_entropy import blockers_of, check_arguments, logprob_entropy_ref
 
 # the package rebinds the name of the module to its function
 _passes = sys.modules["qlkernels.logprob_entropy"]
@@ -119,29 +119,16 @@ def logprob_entropy_with_grad(
         ValueError, TypeError: a shape, dtype, device or value that does not fit, by name.
         RuntimeError: ``impl`` cannot run here, with the reason.
     """
-    sizes: dict[str, int] = {}
-    _checks.check_shape(OP, "logits", logits, "T V", sizes)
-    _checks.check_dtype(
-        OP, "logits", logits, DTYPES + ((torch.float64,) if impl == "reference" else ())
-    )
-    _checks.check_last_dim_contiguous(OP, "logits", logits)
-    _checks.check_rows(OP, logits, "logits", target_ids, temperature, row_mask, sizes)
-    _checks.check_scalars(OP, temperature, softcap, logit_scale)
-    T, V = logits.shape
-    if V == 0:
-        raise ValueError(f"{OP}: logits is [T, V] = {(T, V)}: an empty vocabulary")
+    sizes = check_arguments(
+        OP, logits, target_ids, temperature, row_mask, softcap, logit_scale,
+        inplace="inplace" if inplace else None, validate=validate, impl=impl,
+    )  # fmt: skip
     grads = dict(dlogprobs=dlogprobs, dentropy=dentropy, dlse=dlse)
     for name, g in grads.items():
         if g is not None:
             _checks.check_shape(OP, name, g, "T", sizes)
             if g.device != logits.device:
                 raise ValueError(f"{OP}: {name} is on {g.device}, but logits is on {logits.device}")
-    if inplace and T > 1 and logits.stride(0) < V:
-        raise ValueError(
-            f"{OP}: inplace needs rows of their own, but logits has strides {logits.stride()}"
-        )
-    if validate or logits.device.type == "cpu":
-        _checks.check_targets(OP, target_ids, row_mask, V)
     chosen = pick_impl(OP, impl, blockers_of(logits))
     if chosen == "reference":
         scores, dlogits = logprob_entropy_with_grad_ref(
@@ -150,7 +137,7 @@ def logprob_entropy_with_grad(
         )  # fmt: skip
         return scores, logits.detach().copy_(dlogits) if inplace else dlogits
     if all(g is None for g in grads.values()):
-        grads["dlogprobs"] = torch.zeros(T, dtype=torch.float32, device=logits.device)
+        grads["dlogprobs"] = torch.zeros(sizes["T"], dtype=torch.float32, device=logits.device)
     is_tensor = isinstance(temperature, torch.Tensor)
     x = logits.detach()
     out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
