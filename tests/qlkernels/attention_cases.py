@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 
 from qlkernels import attention, pack_groups, prefix_attention
@@ -95,3 +96,14 @@ def check_merge(N, Hq, D, dtype, device):
     for edge in (0, N + 1):  # rows outside of the slice
         assert torch.equal(out[edge], before[edge])
         assert torch.equal(lse[:, edge], before_lse[:, edge])
+
+
+def cuda_or_skip(backend, dtype, D):
+    """For a test that needs a backend on a card: another machine, or a card or package without it,
+    proves nothing about it.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    why = backends.why_not(backend, "cuda", dtype, D)
+    if why is not None:
+        pytest.skip(f"{backend}: {why}")

@@ -16,6 +16,7 @@ from tests.qlkernels.attention_cases import (
     check_groups,
     check_merge,
     check_packed,
+    cuda_or_skip,
     layout_of,
     make,
     name_of,
@@ -200,14 +201,6 @@ def test_what_flash_attn_is_handed(monkeypatch, backend, module, fake):
 # --- on a GPU ----------------------------------------------------------------------
 
 GPU_BACKENDS = list(BACKENDS)
-
-
-def cuda_or_skip(backend, dtype, D):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    why = why_not(backend, "cuda", dtype, D)
-    if why is not None:
-        pytest.skip(f"{backend}: {why}")
 
 
 @pytest.mark.gpu

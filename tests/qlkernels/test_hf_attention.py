@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from qlkernels import pack_groups
-from qlkernels.attention import BACKENDS, why_not
+from qlkernels.attention import BACKENDS
 from qlkernels.hf import attention as hf_attention
 from qlkernels.hf.attention import disable, enable, packed_groups
 from qlkernels.testing import assert_as_accurate
+from tests.qlkernels.attention_cases import cuda_or_skip
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -385,18 +386,10 @@ def test_dropout_is_refused():
 # --- on a GPU ----------------------------------------------------------------------
 
 
-def cuda_or_skip(backend, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    why = why_not(backend, "cuda", dtype, 64)
-    if why is not None:
-        pytest.skip(f"{backend}: {why}")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gpu_fp32(family):
-    cuda_or_skip("torch", torch.float32)
+    cuda_or_skip("torch", torch.float32, 64)
     model = tiny(family, device="cuda")
     layout = pack_groups(PROMPTS, ANSWERS).to("cuda")
     assert_same(grouped(model, layout), separately(model), 1e-5)
@@ -407,7 +400,7 @@ def test_gpu_fp32(family):
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
 def test_gpu_bf16(family, backend):
     """Against the same weights in fp32, at most twice the error of separate sequences in bf16."""
-    cuda_or_skip(backend, torch.bfloat16)
+    cuda_or_skip(backend, torch.bfloat16, 64)
     sizes = dict(hidden_size=256, head_dim=64, max_position_embeddings=4096)
     model = tiny(family, torch.bfloat16, device="cuda", **sizes)
     g = torch.Generator().manual_seed(0)
