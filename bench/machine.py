@@ -8,12 +8,27 @@ import importlib.metadata
 import re
 import secrets
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("qlkernels", "csrc", "bench/*.py", "bench/cases", "setup.py")  # what a commit must hold
+
+
+def device_or_exit(device: str, unknown: Sequence[str]) -> str:
+    """``cpu`` or ``cuda``, the latter for ``auto`` where there is one. Ends the command with status
+    2 and a sentence for another device, or where it was given ``unknown`` names.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if unknown or device not in ("cpu", "cuda"):
+        print(f"unknown: {', '.join(unknown) or device}; see --help", file=sys.stderr)
+        raise typer.Exit(2)
+    return device
 
 
 @functools.cache

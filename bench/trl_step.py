@@ -312,12 +312,8 @@ def main(
     ] = None,
 ) -> None:
     """Compare log-probabilities, then time TRL, TRL with our ops, and TRL with Liger's layers."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     unknown = [x for x in case or () if x not in CASES] + ([model] if model not in MODELS else [])
-    if unknown or device not in ("cpu", "cuda"):
-        print(f"unknown: {', '.join(unknown) or device}; see --help", file=sys.stderr)
-        raise typer.Exit(2)
+    device = machine.device_or_exit(device, unknown)
     try:
         run(
             model,
