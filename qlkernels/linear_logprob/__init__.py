@@ -111,63 +111,28 @@ def _run_backward(
     return tuple(nothing.clone() if g is None else g for g in (dx, dw, db))
 
 
-@torch.library.custom_op("qlkernels::linear_logprob_bwd", mutates_args=())
-def _op_bwd(
-    hidden_states: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    target_ids: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperatures: torch.Tensor | None,
-    row_mask: torch.Tensor | None,
-    scores: list[torch.Tensor],
-    dlogprobs: torch.Tensor | None,
-    dentropy: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    compact: bool,
-    impl: str,
-    needs_dx: bool,
-    needs_dw: bool,
-    needs_db: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _run_backward(
-        hidden_states, lm_head_weight, target_ids, bias, temperatures, row_mask, scores, dlogprobs,
-        dentropy, dlse, temperature, logit_scale, softcap, chunk_tokens, compact, impl, needs_dx,
-        needs_dw, needs_db,
-    )  # fmt: skip
+_BACKWARD_SCHEMA = (
+    "Tensor hidden_states, Tensor lm_head_weight, Tensor target_ids, Tensor? bias, "
+    "Tensor? temperatures, Tensor? row_mask, Tensor[] scores, Tensor? dlogprobs, Tensor? dentropy, "
+    "Tensor? dlse, float temperature, float logit_scale, float? softcap, SymInt? chunk_tokens, "
+    "bool compact, str impl, bool needs_dx, bool needs_dw, bool needs_db"
+)
 
 
-@torch.library.custom_op("qlkernels::linear_logprob_bwd_", mutates_args={"main_grad"})
-def _op_bwd_into(
-    hidden_states: torch.Tensor,
-    lm_head_weight: torch.Tensor,
-    target_ids: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperatures: torch.Tensor | None,
-    row_mask: torch.Tensor | None,
-    scores: list[torch.Tensor],
-    dlogprobs: torch.Tensor | None,
-    dentropy: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    chunk_tokens: int | None,
-    compact: bool,
-    impl: str,
-    needs_dx: bool,
-    needs_dw: bool,
-    needs_db: bool,
-    main_grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _run_backward(
-        hidden_states, lm_head_weight, target_ids, bias, temperatures, row_mask, scores, dlogprobs,
-        dentropy, dlse, temperature, logit_scale, softcap, chunk_tokens, compact, impl, needs_dx,
-        needs_dw, needs_db, main_grad,
-    )  # fmt: skip
+@torch.library.custom_op(
+    "qlkernels::linear_logprob_bwd", mutates_args=(),
+    schema=f"({_BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _op_bwd(*args):
+    return _run_backward(*args)
+
+
+@torch.library.custom_op(
+    "qlkernels::linear_logprob_bwd_", mutates_args={"main_grad"},
+    schema=f"({_BACKWARD_SCHEMA}, Tensor(a!) main_grad) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _op_bwd_into(*args):
+    return _run_backward(*args)
 
 
 def _fake_backward(hidden_states, lm_head_weight, target_ids, bias, *args):
