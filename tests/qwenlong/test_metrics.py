@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -20,6 +21,11 @@ def events(folder):
         name: [(e.step, round(e.value, 6)) for e in found.Scalars(name)]
         for name in found.Tags()["scalars"]
     }
+
+
+def wait_for_the_next_second():
+    """Event files are read in the order of their names: the second, then a number without zeros."""
+    time.sleep(1 - time.time() % 1)
 
 
 def test_rows_and_events(tmp_path):
@@ -48,6 +54,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
             log.log(step, {"reward": float(step)})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 5, "rew')  # killed while it wrote
+    wait_for_the_next_second()
     with MetricsLog(tmp_path) as log:
         log.log(3, {"reward": 30.0})
         log.log(4, {"reward": 40.0})

@@ -501,25 +501,20 @@ def test_a_gradient_that_is_not_finite_updates_nothing(model, tmp_path, monkeypa
         assert torch.equal(old, new)
 
 
-def test_an_advantage_is_one_function_and_one_line(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("qwenlong.advantage_rules.ADVANTAGES", ADVANTAGES)
-
+def test_an_advantage_is_one_function_and_one_line(model, tmp_path):
     @register_advantage("test_sign")
     def sign(rewards, group_ids, task_ids, process_group):
         return torch.where(rewards > 0, 1.0, -1.0)
 
-    try:
-        run = build_run(tiny_recipe(model, loss={"advantage": "test_sign"}), tmp_path / "run")
-        train_step(run)
-        rows = [
-            json.loads(line)
-            for line in (tmp_path / "run/rollouts/step-00000001.jsonl").read_text().splitlines()
-        ]
-        assert {row["advantage"] for row in rows} <= {1.0, -1.0}
-        with pytest.raises(ValueError, match="'test_sign' is registered already"):
-            register_advantage("test_sign")(sign)
-    finally:
-        del ADVANTAGES["test_sign"]
+    run = build_run(tiny_recipe(model, loss={"advantage": "test_sign"}), tmp_path / "run")
+    train_step(run)
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run/rollouts/step-00000001.jsonl").read_text().splitlines()
+    ]
+    assert {row["advantage"] for row in rows} <= {1.0, -1.0}
+    with pytest.raises(ValueError, match="'test_sign' is registered already"):
+        register_advantage("test_sign")(sign)
 
 
 @pytest.mark.parametrize(
@@ -573,13 +568,9 @@ def test_plugins_of_one_file_name_are_all_imported_and_once(tmp_path):
     for file in files:
         file.parent.mkdir()
         file.write_text(PLUGIN.format(name=f"plugin_{file.parent.name}"))
-    try:
-        load_plugins([str(file) for file in files])
-        load_plugins([str(files[0])])
-        assert {"plugin_one", "plugin_two"} <= set(TASK_MAKERS)
-    finally:
-        for name in ("plugin_one", "plugin_two"):
-            TASK_MAKERS.pop(name, None)
+    load_plugins([str(file) for file in files])
+    load_plugins([str(files[0])])
+    assert {"plugin_one", "plugin_two"} <= set(TASK_MAKERS)
 
 
 def test_a_stage_of_a_ladder_is_not_trained_alone_from_another_model(tmp_path):
@@ -593,16 +584,12 @@ def test_what_the_page_shows_runs():
     page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}
-    try:
-        exec(compile(code, "docs/train.md", "exec"), names)
-        samples = list(TASK_MAKERS["greetings"](3, 0, word="Hi"))
-        assert [s.question for s in samples] == ["Say Hi."] * 3
-        assert score(samples[0], "Hi").value == 1.0
-        assert score(samples[0], "Hi, and so on and so forth").value == 0.0
-        assert ADVANTAGES["sign"](torch.tensor([0.0, 2.0]), [], [], None).tolist() == [-1, 1]
-    finally:
-        ADVANTAGES.pop("sign", None)
-        TASK_MAKERS.pop("greetings", None)
+    exec(compile(code, "docs/train.md", "exec"), names)
+    samples = list(TASK_MAKERS["greetings"](3, 0, word="Hi"))
+    assert [s.question for s in samples] == ["Say Hi."] * 3
+    assert score(samples[0], "Hi").value == 1.0
+    assert score(samples[0], "Hi, and so on and so forth").value == 0.0
+    assert ADVANTAGES["sign"](torch.tensor([0.0, 2.0]), [], [], None).tolist() == [-1, 1]
     (recipe,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     recipe_from(Recipe, yaml.load(recipe, Loader=RecipeLoader))
 
