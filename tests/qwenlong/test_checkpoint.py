@@ -44,6 +44,15 @@ def _no_pictures(monkeypatch):
     monkeypatch.setattr("qwenlong.train_command.Dashboard", NoPicture)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in the runs of other processes: sums are split by the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 AEPO = {"low": 4.1, "high": 4.2, "entropy_source": "scoring_pass"}  # both phases occur
 
 
