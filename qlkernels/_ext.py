@@ -14,7 +14,8 @@ except ImportError as error:  # built without a compiler, or for another Python
         f"the extension qlkernels._C is not built ({error}); reinstall with a C++ compiler on PATH"
     )
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# how csrc/ names a dtype
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def why_not_cpu(*tensors: torch.Tensor) -> str | None:
@@ -70,7 +71,7 @@ def logprob_entropy_fwd(
         logits, target_ids, row_mask, temperature, softcap, logit_scale
     )
     outputs = (logprobs.data_ptr(), entropy.data_ptr(), lse.data_ptr())
-    _call("logprob_entropy_fwd", logits.device, *shared, *outputs)
+    call("logprob_entropy_fwd", logits.device, *shared, *outputs)
     return logprobs, entropy, lse
 
 
@@ -104,7 +105,7 @@ def logprob_entropy_bwd(
     ]
     pointers = [0 if x is None else x.data_ptr() for x in rows]
     stride = out.stride(0)
-    _call("logprob_entropy_bwd", logits.device, *shared, *pointers, out.data_ptr(), stride)
+    call("logprob_entropy_bwd", logits.device, *shared, *pointers, out.data_ptr(), stride)
 
 
 def logprob_entropy_grad(
@@ -133,7 +134,7 @@ def logprob_entropy_grad(
         for x in (g_logprobs, g_entropy, g_lse)
     ]
     pointers = [0 if x is None else x.data_ptr() for x in (*scores, *upstream)]
-    ran = _call(
+    ran = call(
         "logprob_entropy_grad", logits.device, *shared, *pointers, out.data_ptr(), out.stride(0)
     )
     return scores if ran else None
@@ -147,7 +148,7 @@ def _shared_arguments(logits, target_ids, row_mask, temperature, softcap, logit_
     taus = temperature.to(torch.float32).expand(logits.shape[0]).contiguous() if per_row else None
     shared = (
         logits.data_ptr(),
-        _DTYPE_CODES[logits.dtype],
+        DTYPE_CODES[logits.dtype],
         *logits.shape,
         logits.stride(0),
         target_ids.data_ptr(),
@@ -160,7 +161,10 @@ def _shared_arguments(logits, target_ids, row_mask, temperature, softcap, logit_
     return shared, (target_ids, row_mask, taus)
 
 
-def _call(name: str, device: torch.device, *arguments):
+def call(name: str, device: torch.device, *arguments):
+    """Run ``name`` of the extension for the device, with the number of threads or the current
+    stream as its last argument, and return what it returns.
+    """
     if device.type == "cpu":
         return getattr(_C, f"{name}_cpu")(*arguments, torch.get_num_threads())
     with torch.cuda.device(device):

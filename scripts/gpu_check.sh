@@ -34,7 +34,7 @@ for tool in memcheck racecheck; do
         "$python" -m pytest -m gpu tests/qlkernels/test_logprob_entropy_with_grad.py -q -x \
         -k "not 1000003 and not 262147 and not 151936 and not inside_a_graph"
     part "$tool-routing" compute-sanitizer --tool "$tool" --error-exitcode 99 \
-        "$python" -m pytest -m gpu tests/qlkernels/test_moe_routing.py -q -x \
+        "$python" -m pytest -m gpu tests/qlkernels/test_moe_routing_gpu.py -q -x \
         -k "cuda and not 2_31 and not 131072 and not 270000 and not chunks and not opcheck and not limits"
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING

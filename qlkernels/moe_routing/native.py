@@ -33,7 +33,7 @@ def _why_stale() -> str | None:
 
 def _logits_arguments(logits: torch.Tensor, top_k: int, norm_topk_prob: bool) -> tuple:
     T, E = logits.shape
-    code = _ext._DTYPE_CODES[logits.dtype]
+    code = _ext.DTYPE_CODES[logits.dtype]
     return logits.data_ptr(), code, T, E, logits.stride(0), top_k, norm_topk_prob
 
 
@@ -63,13 +63,13 @@ def route(
         parts = min(_MOST_PARTS, -(-T // _TOKENS_A_BLOCK))
         part_probs = torch.empty(parts, E, dtype=torch.float32, device=device)
         part_counts = torch.empty(parts, E, dtype=torch.int32, device=device)
-    _ext._call(
+    _ext.call(
         "moe_route_fwd",
         device,
         *_logits_arguments(router_logits, topk_ids.shape[1], norm_topk_prob),
         _pointer(replay_ids),
         _is_int64(replay_ids),
-        _ext._DTYPE_CODES[weights_dtype or torch.float32],
+        _ext.DTYPE_CODES[weights_dtype or torch.float32],
         *map(_pointer, (topk_weights, prob_sums, topk_ids, tokens_per_expert)),
         parts,
         _pointer(part_probs),
@@ -86,7 +86,7 @@ def route_backward(
     out: torch.Tensor,
 ) -> None:
     """Write the gradient with respect to ``router_logits`` into ``out``, which is contiguous."""
-    _ext._call(
+    _ext.call(
         "moe_route_bwd",
         router_logits.device,
         *_logits_arguments(router_logits, topk_ids.shape[1], norm_topk_prob),
@@ -106,7 +106,7 @@ def build_index(
     if topk_ids.is_cuda and (parts := _ext._C.index_parts(rows)) > 1:
         shape = (parts + 1, num_experts + 1)
         counts = torch.empty(shape, dtype=torch.int32, device=topk_ids.device)
-    _ext._call(
+    _ext.call(
         "build_expert_index",
         topk_ids.device,
         topk_ids.data_ptr(),

@@ -6,73 +6,22 @@ import pytest
 import torch
 
 from qlkernels import build_expert_index, load_balancing_loss, moe_route
-from qlkernels.moe_routing import ExpertIndex, Routing
 from qlkernels.moe_routing import triton as kernels
-from qlkernels.moe_routing.reference import build_expert_index_ref, moe_route_ref
-from qlkernels.testing import assert_as_accurate, outputs_and_grads
+from qlkernels.moe_routing.reference import moe_route_ref
+from qlkernels.testing import assert_as_accurate
+from tests.qlkernels.routing_cases import (
+    DTYPES,
+    KIND_NAMES,
+    KINDS,
+    SHAPES,
+    check,
+    check_index,
+    distinct_ids,
+    make,
+    name_of,
+)
 
 CPU_IMPLS = ["torch", "triton", "cpu"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# not every pair: each is compiled, or interpreted, for every shape
-KINDS = [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)]
-KIND_NAMES = ["fp32-raw", "fp16-norm", "bf16-norm"]
-# (T, E, top_k): nothing, one, all experts, primes, either side of a tile
-SHAPES = [
-    (0, 8, 2), (1, 1, 1), (1, 8, 8), (3, 7, 3), (17, 33, 5), (9, 128, 8), (65, 60, 4),
-    (33, 128, 8), (9, 257, 6), (9, 512, 10),
-]  # fmt: skip
-
-
-def name_of(value):
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-def make(T, E, top_k, dtype=torch.float32, seed=0, device="cpu"):
-    g = torch.Generator().manual_seed(seed + 7 * T + E)
-    logits = (2 * torch.randn(T, E, generator=g)).to(dtype).to(device).requires_grad_()
-    upstream = [torch.randn(T, top_k, generator=g), torch.randn(E, generator=g)]
-    return logits, [g.to(device) for g in upstream]
-
-
-def distinct_ids(T, E, top_k, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(T, E, generator=g).argsort(1)[:, :top_k].int()
-
-
-def floats(function, **options):
-    """The differentiable outputs of a routing function, as a function of the logits."""
-
-    def call(router_logits):
-        routing = function(router_logits, **options)
-        return routing.topk_weights, routing.prob_sums
-
-    return call
-
-
-def check(impl, logits, top_k, upstream, **options):
-    """Ids and counts are the reference's; weights, sums and gradient as accurate as it."""
-    with torch.no_grad():
-        actual = moe_route(logits, top_k, impl=impl, **options)
-        expected = moe_route_ref(logits, top_k, **options)
-    assert isinstance(actual, Routing)
-    assert torch.equal(actual.topk_ids, expected.topk_ids)
-    assert torch.equal(actual.tokens_per_expert, expected.tokens_per_expert)
-    for x in (actual.topk_ids, actual.tokens_per_expert):
-        assert x.dtype == torch.int32
-    for x in (actual.topk_weights, actual.prob_sums):
-        assert x.dtype == torch.float32
-    options["top_k"] = top_k
-    doubles = dict(router_logits=logits.detach().double().requires_grad_())
-    inputs = dict(router_logits=logits)
-    found = outputs_and_grads(floats(moe_route, impl=impl, **options), inputs, upstream)
-    truth = outputs_and_grads(floats(moe_route_ref, **options), doubles, upstream)
-    baseline = outputs_and_grads(floats(moe_route_ref, **options), inputs, upstream)
-    # the interpreter truncates to bf16 where the compiler rounds
-    truncates = impl == "triton" and logits.dtype == torch.bfloat16 and not logits.is_cuda
-    for name in truth:
-        floor = 2**-7 if truncates and name == "drouter_logits" else 1e-5
-        assert_as_accurate(name, found[name], truth[name], baseline[name], floor=floor)
-    return actual, found["drouter_logits"]
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
@@ -308,15 +257,6 @@ def test_no_token_has_a_differentiable_zero():
 # --- the index ---------------------------------------------------------------
 
 
-def check_index(impl, ids, num_experts):
-    actual = build_expert_index(ids, num_experts, impl=impl)
-    expected = build_expert_index_ref(ids, num_experts)
-    assert isinstance(actual, ExpertIndex)
-    for name, x, y in zip(ExpertIndex._fields, actual, expected, strict=True):
-        assert x.dtype == torch.int32 and torch.equal(x, y), name
-    return actual
-
-
 @pytest.mark.parametrize("impl", ["reference", *CPU_IMPLS])
 def test_known_index(impl):
     ids = torch.tensor([[2, 0], [0, 3], [2, 0]])
@@ -499,206 +439,3 @@ def test_under_torch_compile():
         for f in (compiled, layer)
     )
     assert torch.equal(got, want)
-
-
-# --- on a GPU ----------------------------------------------------------------
-
-GPU_IMPLS = ["cuda", "triton", "torch"]
-KERNELS = GPU_IMPLS[:2]
-GPU_SHAPES = [
-    (0, 8, 2), (1, 1, 1), (17, 33, 5), (65, 60, 4), (40, 40, 32), (4099, 128, 8), (1031, 512, 10),
-]  # fmt: skip
-
-
-def skewed_ids(T, E, top_k, seed=0):
-    """Distinct experts of each token, expert r first with probability proportional to 1 / r."""
-    g = torch.Generator("cuda").manual_seed(seed)
-    scores = torch.rand(T, E, generator=g, device="cuda").log()
-    ranks = torch.arange(1, E + 1, device="cuda")
-    return (scores * ranks).argsort(1, descending=True)[:, :top_k].contiguous()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", GPU_IMPLS)
-@pytest.mark.parametrize("dtype, norm_topk_prob", KINDS, ids=KIND_NAMES)
-@pytest.mark.parametrize("T, E, top_k", GPU_SHAPES)
-def test_gpu_matches_reference(impl, T, E, top_k, dtype, norm_topk_prob):
-    logits, upstream = make(T, E, top_k, dtype, device="cuda")
-    check(impl, logits, top_k, upstream, norm_topk_prob=norm_topk_prob)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", GPU_IMPLS)
-@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=name_of)
-def test_gpu_replay(impl, ids_dtype):
-    logits, upstream = make(533, 128, 8, torch.bfloat16, device="cuda")
-    replay = distinct_ids(533, 128, 8).to(ids_dtype).cuda()
-    replay[1::3] = -1
-    for norm_topk_prob in (True, False):
-        options = dict(replay_ids=replay, norm_topk_prob=norm_topk_prob)
-        routing, _ = check(impl, logits, 8, upstream, **options)
-        known = replay[:, 0] >= 0
-        assert torch.equal(routing.topk_ids[known], replay[known].int())
-    wrong = replay.clone()
-    wrong[5, 2], wrong[6, 0] = 128, -2
-    found = moe_route(logits, 8, replay_ids=wrong, impl=impl)
-    live = moe_route(logits, 8, impl=impl)
-    assert found.topk_weights.isnan().any(1).nonzero().flatten().tolist() == [5, 6]
-    assert torch.equal(found.topk_ids[5:7], live.topk_ids[5:7])
-    with pytest.raises(ValueError, match=r"replay_ids\[5\]"):
-        moe_route(logits, 8, replay_ids=wrong, validate=True, impl=impl)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_gpu_ties_nan_and_infinity(impl, dtype):
-    logits, _ = make(64, 100, 6, dtype, device="cuda")
-    with torch.no_grad():
-        logits[0] = 0.0
-        logits[1, ::2] = -0.0
-        logits[2] = math.nan
-        logits[3, 70] = math.nan
-        logits[4] = -math.inf
-        logits[5, 3:] = -math.inf
-        logits[6, 50] = math.inf
-        logits[7:] = logits[7:].round()  # many ties
-    got, want = moe_route(logits, 6, impl=impl), moe_route_ref(logits, 6)
-    assert torch.equal(got.topk_ids, want.topk_ids)
-    assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
-    assert torch.equal(got.topk_weights.isnan(), want.topk_weights.isnan())
-    torch.testing.assert_close(got.topk_weights, want.topk_weights, equal_nan=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", KERNELS)
-@pytest.mark.parametrize("weights_dtype", DTYPES, ids=name_of)
-def test_gpu_rounded_weights(impl, weights_dtype):
-    logits, _ = make(2000, 64, 6, torch.bfloat16, device="cuda")
-    exact = moe_route(logits, 6, impl=impl).topk_weights
-    rounded = moe_route(logits, 6, weights_dtype=weights_dtype, impl=impl).topk_weights
-    assert torch.equal(rounded, exact.to(weights_dtype).float())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", KERNELS)
-def test_gpu_backward_reads_no_row_without_upstream(impl):
-    logits, upstream = make(70, 128, 8, torch.bfloat16, device="cuda")
-    upstream[0][1::2] = 0.0
-    routing = moe_route(logits, 8, impl=impl)
-    logits.data[1::2] = math.nan
-    total = (routing.topk_weights * upstream[0]).sum() + 0.0 * routing.prob_sums.sum()
-    total.backward()
-    assert (logits.grad[1::2] == 0).all() and (logits.grad[::2] != 0).any(1).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", KERNELS)
-def test_gpu_rows_beyond_2_31_elements(impl):
-    stride, E = 2**30 + 24, 128
-    memory = torch.empty(2 * stride + E, dtype=torch.bfloat16, device="cuda")
-    logits, _ = make(3, E, 8, torch.bfloat16, device="cuda")
-    rows = memory.as_strided((3, E), (stride, 1))
-    rows.copy_(logits.detach())
-    for x, y in zip(moe_route(rows, 8, impl=impl), moe_route(logits, 8, impl=impl), strict=True):
-        assert torch.equal(x, y)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", GPU_IMPLS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=name_of)
-@pytest.mark.parametrize(
-    "T, E, top_k",
-    [
-        *GPU_SHAPES, (512, 128, 8), (513, 128, 8), (4099, 512, 10), (131_072, 128, 8),
-        (270_000, 128, 8),
-    ],
-)  # fmt: skip
-def test_gpu_index_is_a_stable_argsort(impl, T, E, top_k, dtype):
-    check_index(impl, skewed_ids(T, E, top_k).to(dtype), E)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", KERNELS)
-@pytest.mark.parametrize("T", [300, 20_000])
-def test_gpu_index_of_one_expert_and_of_none(impl, T):
-    check_index(impl, torch.full((T, 8), 5, device="cuda"), 128)
-    check_index(impl, torch.full((T, 8), 128, device="cuda"), 128)
-    ids = skewed_ids(T, 130, 8) - 1  # -1 and 128 are no experts
-    check_index(impl, ids, 128)
-    ids[::7, 0], ids[1::7, 0] = 2**40, -(2**40)
-    check_index(impl, ids, 128)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", KERNELS)
-@pytest.mark.parametrize("T", [0, 1, 512, 5000])
-def test_gpu_graph_equals_eager_and_repeats_are_bitwise(impl, T):
-    logits, upstream = make(T, 128, 8, torch.bfloat16, device="cuda")
-
-    def run():
-        routing = moe_route(logits, 8, impl=impl)
-        index = build_expert_index(routing.topk_ids, 128, impl=impl)
-        outputs = (routing.topk_weights, routing.prob_sums)
-        (dlogits,) = torch.autograd.grad(outputs, logits, upstream)
-        return (*(x.detach() for x in routing), *index, dlogits)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        first, second = run(), run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    with torch.no_grad():
-        logits.copy_(logits.flip(0))
-    graph.replay()
-    flipped = run()
-    for name, a, b, c, d in zip(range(8), first, second, captured, flipped, strict=True):
-        assert torch.equal(a, b), f"repeat, output {name}"
-        assert torch.equal(c, d), f"graph, output {name}"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", KERNELS)
-def test_gpu_chunks_of_tokens_change_no_bit(impl):
-    logits, upstream = make(40_000, 128, 8, torch.bfloat16, device="cuda")
-
-    def run(rows):
-        x = logits.detach()[rows].requires_grad_()
-        routing = moe_route(x, 8, impl=impl)
-        return *routing[:2], torch.autograd.grad(routing.topk_weights, x, upstream[0][rows])[0]
-
-    whole = run(slice(0, 40_000))
-    for rows in (slice(0, 1), slice(777, 1300), slice(20_000, 40_000)):
-        for x, y in zip(whole, run(rows), strict=True):
-            assert torch.equal(x[rows], y)
-
-
-@pytest.mark.gpu
-def test_gpu_limits_of_the_cuda_kernels():
-    logits = torch.randn(3, 600, device="cuda")
-    with pytest.raises(RuntimeError, match="at most 512 experts, got 600"):
-        moe_route(logits, 4, impl="cuda")
-    with pytest.raises(RuntimeError, match="top_k of at most 32, got 33"):
-        moe_route(logits[:, :64].contiguous(), 33, impl="cuda")
-    check("auto", logits.requires_grad_(), 33, [torch.randn(3, 33).cuda(), torch.randn(600).cuda()])
-
-
-@pytest.mark.gpu
-def test_gpu_opcheck_and_compile():
-    logits, upstream = make(33, 16, 4, torch.bfloat16, device="cuda")
-    options = (4, True, torch.bfloat16, "cuda")
-    torch.library.opcheck(torch.ops.qlkernels.moe_route, (logits, None, *options))
-    ids = distinct_ids(33, 16, 4).cuda()
-    torch.library.opcheck(torch.ops.qlkernels.build_expert_index, (ids, 16, "cuda"))
-
-    def layer(x):
-        routing = moe_route(x, 4)
-        return routing.topk_weights, build_expert_index(routing.topk_ids, 16).sort_order
-
-    got, want = torch.compile(layer, fullgraph=True)(logits), layer(logits)
-    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    dgot, dwant = (torch.autograd.grad(x[0], logits, upstream[0])[0] for x in (got, want))
-    assert torch.equal(dgot, dwant)
