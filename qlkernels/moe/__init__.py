@@ -259,7 +259,8 @@ def moe_mlp(
             projections again; otherwise they are kept, ``top_k * 2 * I`` values a token.
         grad_buffers: ``(dw_gate_up, dw_down)``, shaped as the weights, in their dtype or fp32, to
             which the backward adds the weights' gradients instead of returning them: what gradient
-            accumulation wants. The kernels add in fp32 and round once.
+            accumulation wants. The kernels add in fp32 and round once. Both weights must then
+            require a gradient, unless gradients are off: a frozen one has none to add.
         impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
             falls back. ``"torch"`` is torch's grouped product for bf16 on a GPU and a loop over
             experts elsewhere, which synchronises.
@@ -372,4 +373,10 @@ def _checked_buffers(grad_buffers, w_gate_up, w_down):
             )
         _checks.check_dtype(OP, name, buffer, (w.dtype, torch.float32))
         _checks.check_device(OP, name, buffer, w, "the weight")
+        if torch.is_grad_enabled() and not w.requires_grad:
+            raise ValueError(
+                f"{OP}: grad_buffers is given, but {name[1:]} does not require a gradient, so the "
+                f"backward would add nothing to {name}; call {name[1:]}.requires_grad_(), or pass "
+                "no grad_buffers"
+            )
     return grad_buffers

@@ -211,6 +211,14 @@ def test_gradients_are_added_to_buffers(impl, dtype):
         torch.testing.assert_close(buffer - 3.0, want[name].float(), **close)
 
 
+@torch.no_grad()
+def test_without_gradients_buffers_of_frozen_weights_do_no_harm():
+    inputs, _ = make(9, 16, 16, 3, 2, torch.float32)
+    frozen = {name: x.detach() for name, x in inputs.items()}
+    buffers = tuple(torch.zeros_like(frozen[name]) for name in ("w_gate_up", "w_down"))
+    assert torch.equal(moe_mlp(**frozen, grad_buffers=buffers), moe_mlp(**frozen))
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_experts_without_tokens_get_zeros(impl):
     inputs, upstream = make(6, 16, 16, 4, 2, ids="one")
@@ -340,6 +348,13 @@ WRONG = {
     "chunk_tokens must be at least 1": dict(chunk_tokens=0),
     "grad_buffers must be (dw_gate_up, dw_down)": dict(grad_buffers=(torch.zeros(1),)),
     "dw_gate_up must be contiguous (3, 12, 8)": dict(grad_buffers=(torch.zeros(1),) * 2),
+    "w_gate_up does not require a gradient, so the backward would add nothing to dw_gate_up": dict(
+        grad_buffers=(torch.zeros(3, 12, 8), torch.zeros(3, 8, 6))
+    ),
+    "w_down does not require a gradient, so the backward would add nothing to dw_down": dict(
+        grad_buffers=(torch.zeros(3, 12, 8), torch.zeros(3, 8, 6)),
+        w_gate_up=torch.zeros(3, 12, 8, requires_grad=True),
+    ),
     "unknown impl 'cuda'": dict(impl="cuda"),
 }
 
