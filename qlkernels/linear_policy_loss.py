@@ -44,7 +44,7 @@ from qlkernels.linear_logprob.passes import (
     CPU_WORKSPACE_BYTES,
     GPU_WORKSPACE_BYTES,
     Options,
-    add_matmul,
+    WeightGradient,
     backward,
     forward,
     matmul,
@@ -57,6 +57,7 @@ from qlkernels.policy_loss import (
     aggregation_weights,
     policy_loss,
 )
+from qlkernels.policy_loss.arguments import check_cu_seqlens, policy_loss_arguments
 
 OP = "linear_policy_loss"
 _CHUNK_TOKENS = 8192  # rows whose E is stored at a time on the GPU: 2.5 GB of bf16 at V = 151936
@@ -230,13 +231,11 @@ def _run(call: _Call, needs) -> tuple:
     """(dx, dw, db, logprobs, entropy, lse): gradients or None, and the scores of every row."""
     x, w = call.x, call.w
     T, device = x.shape[0], x.device
-    shapes = (x.shape, w.shape, w.shape[:1])
     # a row of dx is written once; dw and db are sums over chunks
-    dtypes = (x.dtype, torch.float32, torch.float32)
-    grads = [
-        torch.zeros(shape, dtype=dtype, device=device) if need else None
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    ]
+    dx = torch.zeros_like(x) if needs[0] else None
+    dw = WeightGradient(w) if needs[1] else None
+    db = torch.zeros(w.shape[0], dtype=torch.float32, device=device) if needs[2] else None
+    grads = (dx, dw, db)
     scores = [torch.zeros(T, dtype=torch.float32, device=device) for _ in range(3)]
     mask = call.rows["response_mask"]
     live = call.may_be_live() if any(needs) else torch.zeros_like(mask)
@@ -254,7 +253,7 @@ def _run(call: _Call, needs) -> tuple:
         operand = w if x.is_cuda or call.options.impl == "triton" else w.float()
         for start in range(0, n_live, step):
             index = order[start : min(n_live, start + step)]
-            run(call, operand, index, grads, scores)
+            run(call, operand, index, grads, scores, only=n_live <= step)
     else:
         scored = order[:n_response]
     if scored.numel():
@@ -264,7 +263,7 @@ def _run(call: _Call, needs) -> tuple:
         if not call.one_pass and n_live:
             g = call.derivative(scores[0], scores[1])
             _two_pass_backward(call, scored, found, g, grads)
-    return (*grads, *scores)
+    return (dx, None if dw is None else dw.result(), db, *scores)
 
 
 def _score(call: _Call, index: torch.Tensor):
@@ -288,15 +287,19 @@ def _two_pass_backward(call: _Call, index, found, upstream, grads) -> None:
         [s[live] for s in found], [None if g is None else g[live] for g in upstream],
         [g is not None for g in grads], call.options.of_rows(rows),
     )  # fmt: skip
-    if grads[0] is not None:
-        grads[0][rows] = parts[0]
-    for whole, part in zip(grads[1:], parts[1:], strict=True):
-        if whole is not None:
-            whole.add_(part)
+    dx, dw, db = grads
+    if dx is not None:
+        dx[rows] = parts[0]
+    if dw is not None:
+        dw.add(parts[1])
+    if db is not None:
+        db += parts[2]
 
 
-def _chunk_torch(call: _Call, w, index, grads, scores) -> None:
-    """One chunk on any device: its logits are there once, and give scores and gradients."""
+def _chunk_torch(call: _Call, w, index, grads, scores, *, only: bool) -> None:
+    """One chunk on any device: its logits are there once, and give scores and gradients. ``only``:
+    there is no other.
+    """
     dx, dw, db = grads
     options = call.options.of_rows(index)
     tau, scale, cap = options.row_options
@@ -325,13 +328,15 @@ def _chunk_torch(call: _Call, w, index, grads, scores) -> None:
     if dx is not None:
         dx[index] = matmul(dr, w).to(dx.dtype)
     if dw is not None:
-        add_matmul(dw, dr.t(), torch.where(live[:, None], x, 0.0))
+        dw.add_product(dr.t(), torch.where(live[:, None], x, 0.0), only=only)
     if db is not None:
         db += dr.sum(dim=0, dtype=torch.float32)
 
 
-def _chunk_triton(call: _Call, w, index, grads, scores) -> None:
-    """One chunk on the GPU: E is stored, everything else is a GEMM over it or ``[T]``-sized."""
+def _chunk_triton(call: _Call, w, index, grads, scores, *, only: bool) -> None:
+    """One chunk on the GPU: E is stored, everything else is a GEMM over it or ``[T]``-sized.
+    ``only``: there is no other.
+    """
     dx, dw, db = grads
     options = call.options.of_rows(index)
     tau, scale, _ = options.row_options
@@ -380,7 +385,8 @@ def _chunk_triton(call: _Call, w, index, grads, scores) -> None:
         if dx is not None:
             dx[index[rows]] = matmul(exp, w).mul_(v[:, None]).to(dx.dtype)
         if dw is not None:
-            add_matmul(dw, exp.t(), (v[:, None] * x).to(x.dtype))
+            scaled = (v[:, None] * x).to(x.dtype)
+            dw.add_product(exp.t(), scaled, only=only and n_again == 0)
         if db is not None:
             db += matmul(exp.t(), v[:, None].to(exp.dtype)).squeeze(1)
     if n_again:
@@ -430,6 +436,7 @@ def _op(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the loss, empty where not needed, and scores."""
+    check_cu_seqlens(cu_seqlens, hidden_states.shape[0])
     tau = temperature if temperatures is None else temperatures
     rows = dict(
         zip(
@@ -604,8 +611,10 @@ def linear_policy_loss(
 
     # every remaining argument is checked here, by the op that defines it, before the GEMMs
     nothing = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
-    dry = dict(cu_seqlens=cu_seqlens, impl="torch", **shared)
-    policy_loss(nothing, old_logprobs, advantages, response_mask, entropy=nothing, **dry)
+    policy_loss_arguments(
+        nothing, old_logprobs, advantages, response_mask, cu_seqlens=cu_seqlens, entropy=nothing,
+        **shared,
+    )  # fmt: skip
 
     if isinstance(aggregation, torch.Tensor):
         weights = aggregation

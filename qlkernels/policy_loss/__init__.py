@@ -316,71 +316,18 @@ def policy_loss(
         ValueError, TypeError: an argument that does not fit, by name.
         RuntimeError: ``impl`` cannot run here, with the reason.
     """
-    arguments.check_choices(loss_type, kl_estimator, denominator)
-    arguments.check_scalars(loss_type, eps_low, eps_high, dual_clip, ratio_cap)
-    if not isinstance(logprobs, torch.Tensor) or logprobs.dim() not in (1, 2):
-        got = tuple(logprobs.shape) if isinstance(logprobs, torch.Tensor) else type(logprobs)
-        raise ValueError(f"{OP}: logprobs must be [T] or (B, S), got {got}")
-    _checks.check_dtype(OP, "logprobs", logprobs, _checks.FLOATS)
-    shape, device = logprobs.shape, logprobs.device
-    cu_seqlens = arguments.sequence_bounds(logprobs, cu_seqlens)
-    B = cu_seqlens.shape[0] - 1
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-
-    def rows(name, x, wanted):
-        if x is None:
-            return None
-        if not isinstance(x, torch.Tensor) or x.shape != shape:
-            got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"{OP}: {name} is {got}, but logprobs is {tuple(shape)}")
-        _checks.check_dtype(OP, name, x, wanted)
-        _checks.check_device(OP, name, x, logprobs, "logprobs")
-        x = x.reshape(-1).contiguous()
-        return x if x.dtype == torch.bool else x.to(dtype)
-
-    floats, bools = _checks.FLOATS, (torch.bool,)
-    per_token = not (isinstance(advantages, torch.Tensor) and advantages.shape == (B,))
-    if per_token:
-        if not isinstance(advantages, torch.Tensor) or advantages.shape != shape:
-            got = getattr(advantages, "shape", type(advantages).__name__)
-            got = tuple(got) if isinstance(got, torch.Size) else got
-            raise ValueError(
-                f"{OP}: advantages must be [B] = {(B,)} or the shape of logprobs "
-                f"{tuple(shape)}, got {got}"
-            )
-        A = rows("advantages", advantages.detach(), floats)
-    else:
-        _checks.check_dtype(OP, "advantages", advantages, floats)
-        _checks.check_device(OP, "advantages", advantages, logprobs, "logprobs")
-        A = advantages.detach().to(dtype).contiguous()
-    tensors = dict(
-        logprobs=rows("logprobs", logprobs, floats),
-        old_logprobs=rows("old_logprobs", arguments.detached(old_logprobs), floats),
-        advantages=A,
-        response_mask=rows("response_mask", response_mask, bools),
-        keep_mask=rows("keep_mask", keep_mask, bools),
-        ref_logprobs=rows("ref_logprobs", arguments.detached(ref_logprobs), floats),
-        rollout_is_weights=rows(
-            "rollout_is_weights", arguments.detached(rollout_is_weights), floats
-        ),
-        entropy=rows("entropy", entropy if entropy_coef else arguments.detached(entropy), floats),
-    )
-    if tensors["response_mask"] is None:
-        raise TypeError(f"{OP}: response_mask is needed: bool, shape {tuple(shape)}")
-    if kl_coef != 0.0 and ref_logprobs is None:
-        raise ValueError(f"{OP}: kl_coef = {kl_coef} needs ref_logprobs")
-    if entropy_coef != 0.0 and entropy is None:
-        raise ValueError(f"{OP}: entropy_coef = {entropy_coef} needs entropy")
-
-    rule = RULE_OF[loss_type] if aggregation is None else aggregation
-    counts = dict(num_tokens=num_tokens, num_sequences=num_sequences, num_groups=num_groups)
-    if isinstance(rule, torch.Tensor):
-        weights = rows("aggregation", rule.detach(), floats)
-        rule = "weights"
-    else:
-        weights = None
-    arguments.check_rule(rule, counts, group_ids, max_completion_tokens, logprobs, B)
-    counts = {name: arguments.as_scalar(name, x, device, dtype) for name, x in counts.items()}
+    given = arguments.policy_loss_arguments(
+        logprobs, old_logprobs, advantages, response_mask, cu_seqlens=cu_seqlens,
+        keep_mask=keep_mask, ref_logprobs=ref_logprobs, rollout_is_weights=rollout_is_weights,
+        entropy=entropy, loss_type=loss_type, eps_low=eps_low, eps_high=eps_high,
+        dual_clip=dual_clip, ratio_cap=ratio_cap, kl_coef=kl_coef, kl_estimator=kl_estimator,
+        kl_importance=kl_importance, entropy_coef=entropy_coef, aggregation=aggregation,
+        denominator=denominator, group_ids=group_ids, num_tokens=num_tokens,
+        num_sequences=num_sequences, num_groups=num_groups,
+        max_completion_tokens=max_completion_tokens,
+    )  # fmt: skip
+    tensors, weights, cu_seqlens, rule, counts = given
+    dtype = tensors["logprobs"].dtype
     wrong_dtype = "it computes in fp32; use 'torch' or 'reference' for fp64"
     blockers = {
         "triton": wrong_dtype if dtype == torch.float64 else why_not_triton(logprobs),
@@ -418,7 +365,7 @@ def policy_loss(
         scale=1.0 / max_completion_tokens if rule == "constant" else 1.0,
         kl_importance=kl_importance,
         kept_only=denominator == "kept",
-        advantages_per_token=per_token,
+        advantages_per_token=tensors["advantages"].shape != (cu_seqlens.shape[0] - 1,),
         loss_type=loss_type,
         kl_estimator=kl_estimator,
         rule=rule,

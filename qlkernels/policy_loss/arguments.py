@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from qlkernels import _checks
@@ -129,3 +131,80 @@ def as_scalar(name, x, device, dtype) -> torch.Tensor | None:
         return x.detach().reshape(()).to(dtype)
     # a fill on the device: no copy from the host, so no synchronisation
     return torch.full((), float(x), dtype=dtype, device=device)
+
+
+class Arguments(NamedTuple):
+    rows: dict[str, torch.Tensor | None]  # [T] (advantages [T] or [B]), fp32 or fp64, contiguous
+    weights: torch.Tensor | None  # [T], where the aggregation is given as weights
+    cu_seqlens: torch.Tensor
+    rule: str
+    counts: dict[str, torch.Tensor | None]  # 0-d
+
+
+def policy_loss_arguments(
+    logprobs, old_logprobs, advantages, response_mask, *, cu_seqlens, keep_mask, ref_logprobs,
+    rollout_is_weights, entropy, loss_type, eps_low, eps_high, dual_clip, ratio_cap, kl_coef,
+    kl_estimator, kl_importance, entropy_coef, aggregation, denominator, group_ids=None,
+    num_tokens=None, num_sequences=None, num_groups=None, max_completion_tokens=None,
+) -> Arguments:  # fmt: skip
+    """What ``policy_loss`` was given, checked by name and packed; nothing waits for the device."""
+    check_choices(loss_type, kl_estimator, denominator)
+    check_scalars(loss_type, eps_low, eps_high, dual_clip, ratio_cap)
+    if not isinstance(logprobs, torch.Tensor) or logprobs.dim() not in (1, 2):
+        got = tuple(logprobs.shape) if isinstance(logprobs, torch.Tensor) else type(logprobs)
+        raise ValueError(f"{OP}: logprobs must be [T] or (B, S), got {got}")
+    _checks.check_dtype(OP, "logprobs", logprobs, _checks.FLOATS)
+    shape, device = logprobs.shape, logprobs.device
+    cu_seqlens = sequence_bounds(logprobs, cu_seqlens)
+    B = cu_seqlens.shape[0] - 1
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+
+    def rows(name, x, wanted=_checks.FLOATS):
+        if x is None:
+            return None
+        if not isinstance(x, torch.Tensor) or x.shape != shape:
+            got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"{OP}: {name} is {got}, but logprobs is {tuple(shape)}")
+        _checks.check_dtype(OP, name, x, wanted)
+        _checks.check_device(OP, name, x, logprobs, "logprobs")
+        x = x.reshape(-1).contiguous()
+        return x if x.dtype == torch.bool else x.to(dtype)
+
+    bools = (torch.bool,)
+    if isinstance(advantages, torch.Tensor) and advantages.shape == (B,):
+        _checks.check_dtype(OP, "advantages", advantages, _checks.FLOATS)
+        _checks.check_device(OP, "advantages", advantages, logprobs, "logprobs")
+        A = advantages.detach().to(dtype).contiguous()
+    else:
+        if not isinstance(advantages, torch.Tensor) or advantages.shape != shape:
+            got = getattr(advantages, "shape", type(advantages).__name__)
+            got = tuple(got) if isinstance(got, torch.Size) else got
+            raise ValueError(
+                f"{OP}: advantages must be [B] = {(B,)} or the shape of logprobs "
+                f"{tuple(shape)}, got {got}"
+            )
+        A = rows("advantages", advantages.detach())
+    found = dict(
+        logprobs=rows("logprobs", logprobs),
+        old_logprobs=rows("old_logprobs", detached(old_logprobs)),
+        advantages=A,
+        response_mask=rows("response_mask", response_mask, bools),
+        keep_mask=rows("keep_mask", keep_mask, bools),
+        ref_logprobs=rows("ref_logprobs", detached(ref_logprobs)),
+        rollout_is_weights=rows("rollout_is_weights", detached(rollout_is_weights)),
+        entropy=rows("entropy", entropy if entropy_coef else detached(entropy)),
+    )
+    if found["response_mask"] is None:
+        raise TypeError(f"{OP}: response_mask is needed: bool, shape {tuple(shape)}")
+    if kl_coef != 0.0 and ref_logprobs is None:
+        raise ValueError(f"{OP}: kl_coef = {kl_coef} needs ref_logprobs")
+    if entropy_coef != 0.0 and entropy is None:
+        raise ValueError(f"{OP}: entropy_coef = {entropy_coef} needs entropy")
+
+    rule, weights = RULE_OF[loss_type] if aggregation is None else aggregation, None
+    if isinstance(rule, torch.Tensor):
+        rule, weights = "weights", rows("aggregation", rule.detach())
+    counts = dict(num_tokens=num_tokens, num_sequences=num_sequences, num_groups=num_groups)
+    check_rule(rule, counts, group_ids, max_completion_tokens, logprobs, B)
+    counts = {name: as_scalar(name, x, device, dtype) for name, x in counts.items()}
+    return Arguments(found, weights, cu_seqlens, rule, counts)
