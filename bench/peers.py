@@ -6,6 +6,7 @@ peers:
     logprob_entropy   (logits [T, V], target_ids [T], padded [T + 1, V])  -> outputs
     linear_logprob    (hidden [T, H], weight [V, H], target_ids [T], row_mask [T] or None) ->
     outputs
+    linear_cross_entropy  (hidden [T, H], weight [V, H], target_ids [T])  -> the mean over T
 
 Masked rows are handled as the peer's users handle them: an ignored label, a gather of the rows, or
 a full pass.
@@ -419,6 +420,31 @@ def _torch_linear() -> Provider:
             hidden, weight, _ignored(ids, row_mask), reduction="none", options=options
         )
     }
+
+
+# --- mean cross entropy: no scores of a token, no weights, no entropy ----------
+
+
+@_peer("linear_cross_entropy", "liger-flce", "less", distribution="liger-kernel")
+def _liger_cross_entropy() -> Provider:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def call(hidden, weight, target_ids):
+        found = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, target_ids)
+        return {"cross_entropy": found[0] if isinstance(found, tuple) else found}
+
+    return call
+
+
+@_peer("linear_cross_entropy", "quack", "less", distribution="quack-kernels", needs_cuda=True)
+def _quack_cross_entropy() -> Provider:
+    """Tunes itself for minutes in its first call."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def call(hidden, weight, target_ids):
+        return {"cross_entropy": chunked_linear_cross_entropy(hidden, weight, target_ids)}
+
+    return call
 
 
 # --- from log-probabilities ----------------------------------------------------

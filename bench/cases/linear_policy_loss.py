@@ -12,6 +12,7 @@ from bench.registry import OPS, Outputs, Problem, register
 from bench.truth import LinearTruth
 
 QWEN3_30B = {"H": 2048, "V": 151_936}
+QWEN3_4B = {"H": 2560, "V": 151_936}
 SMOLLM2_135M = {"H": 576, "V": 49_152}
 EPS = {"eps_low": 0.2, "eps_high": 0.28}
 _SEQUENCES = 8
@@ -32,17 +33,25 @@ def _points(case: str, dtype: str, head: dict[str, int], *sizes: int) -> list[di
         *_points("fwd_bwd", "bf16", QWEN3_30B, 8192, 32_768),
         *_points("fwd_bwd_known_live50", "bf16", QWEN3_30B, 32_768),
         *_points("fwd_bwd_known_prompt75_live50", "bf16", QWEN3_30B, 32_768),
+        *_points("fwd_bwd_known_uniform", "bf16", QWEN3_30B, 8192, 32_768),
+        *_points("fwd_bwd_known_chunk4096", "bf16", QWEN3_30B, 32_768),
+        *_points("fwd_bwd_known", "bf16", QWEN3_4B, 32_768),
+        *_points("fwd_bwd_known", "bf16", QWEN3_30B, 120_000),
     ],
     cpu=[
         *_points("fwd_bwd_known", "fp32", SMOLLM2_135M, 128, 512),
         *_points("fwd_bwd", "fp32", SMOLLM2_135M, 512),
         *_points("fwd_bwd_known_prompt75_live50", "fp32", SMOLLM2_135M, 512),
+        *_points("fwd_bwd_known_uniform", "fp32", SMOLLM2_135M, 512),
     ],
 )
 def _linear_policy_loss(
     device: str, case: str, dtype: torch.dtype, T: int, H: int, V: int, B: int, data: str
 ) -> Problem:
-    """``_known``: strictly on-policy, the derivative is -A. Else old log-probs and a clip."""
+    """``_known``: strictly on-policy, the derivative is -A. Else old log-probs and a clip.
+    ``_uniform``: A = 1, the gradient of the mean cross entropy, with its peers. ``_chunk4096``: the
+    setting for less memory.
+    """
     op = our_op("linear_policy_loss")
     score, loss_of = our_op("linear_logprob"), our_op("policy_loss")
     hidden, weight, target_ids = hidden_weight_targets(T, H, V, dtype, device, data)
@@ -55,6 +64,9 @@ def _linear_policy_loss(
     advantages[1::2] *= -1.0
     if case.endswith("_live50"):  # groups whose answers all got the same reward
         advantages[: B // 2] = 0.0
+    is_uniform = case.endswith("_uniform")
+    if is_uniform:
+        advantages = torch.ones(B, device=device)
     advantages = advantages.repeat_interleave(T // B)  # [T]
     cu_seqlens = torch.arange(B + 1, device=device, dtype=torch.int32) * (T // B)
     exact = LinearTruth(hidden, weight, target_ids, response_mask).exact()["logprobs"]
@@ -76,19 +88,24 @@ def _linear_policy_loss(
 
     def check(outputs: Outputs, strict: bool, complete: bool) -> float:
         require(outputs, ("loss", "logprobs", "entropy", "dhidden", "dweight"), complete)
-        found = Comparison("loss")
-        found.add(outputs["loss"], loss.detach())
-        found.judge(strict)
-        rest = {name: x for name, x in outputs.items() if name != "loss"}
-        return max(found.relative, gradients.check(rest, strict, complete))
+        losses = {"loss": loss.detach(), "cross_entropy": -exact.detach().mean()}
+        errors = []
+        for name in losses.keys() & outputs.keys():
+            found = Comparison(name)
+            found.add(outputs[name], losses[name])
+            found.judge(strict)
+            errors.append(found.relative)
+        rest = {name: x for name, x in outputs.items() if name not in losses}
+        return max([*errors, gradients.check(rest, strict, complete)])
 
     hidden.requires_grad_()
     weight.requires_grad_()
     operands = (hidden, weight, target_ids)
     shared = dict(cu_seqlens=cu_seqlens, loss_type="dapo", **EPS)
+    chunk = {"chunk_tokens": 4096} if case.endswith("_chunk4096") else {}
 
     def ours(impl: str) -> Outputs:
-        result = op(*operands, *inputs, **shared, impl=impl)
+        result = op(*operands, *inputs, **shared, **chunk, impl=impl)
         return {
             "loss": result.loss,
             "logprobs": result.scores.logprobs,
@@ -109,15 +126,22 @@ def _linear_policy_loss(
         for name, impl in OPS["linear_policy_loss"].ours(device).items()
     }
     calls["ours-two-ops"] = two_ops
-    found, scopes, absent = peers.find("linear_logprob", device, backward=True)
+    found, *lists = peers.find("linear_logprob", device, backward=True)
+    scopes, absent = ({f"{name}+loss": x for name, x in listed.items()} for listed in lists)
     for name, peer in found.items():
         calls[f"{name}+loss"] = lambda peer=peer: with_loss(peer)
+    if is_uniform:
+        means, their_scopes, missing = peers.find("linear_cross_entropy", device, backward=True)
+        for name, peer in means.items():
+            calls[name] = lambda peer=peer: peer(*operands)
+        scopes, absent = scopes | their_scopes, absent | missing
     scored = response_mask.double().mean().item()
+    one = torch.ones((), device=device)
     return Problem(
-        timed(calls, {"hidden": hidden, "weight": weight}, {"loss": torch.ones((), device=device)}),
+        timed(calls, {"hidden": hidden, "weight": weight}, {"loss": one, "cross_entropy": one}),
         check,
         bytes=2 * dtype.itemsize * (T * H + V * H) + T * (8 + 3 * 4 + 1),
         useful_flops=round((2 * scored + 4 * live) * T * H * V),
-        peer_scope={f"{name}+loss": scope for name, scope in scopes.items()},
-        absent={f"{name}+loss": reason for name, reason in absent.items()},
+        peer_scope=scopes,
+        absent=absent,
     )
