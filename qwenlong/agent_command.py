@@ -36,7 +36,7 @@ from qwenlong.memory_agent import (
     run_agents,
 )
 from qwenlong.memory_agent.trace import TraceFile, refuse_run
-from qwenlong.storage import atomic_write, write_json
+from qwenlong.storage import atomic_write, lock_folder, write_json
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Questions about texts of any length."
@@ -187,10 +187,16 @@ def run_ask(
     """Answer every question, write the run's folder, return the results by question.
 
     Raises:
-        InputError: wrong input, a model that refuses or does not answer; what was answered is kept.
+        InputError: wrong input, a model that refuses or does not answer; what was answered is kept;
+            another process has the folder.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out takes a folder.")
+    with lock_folder(out):
+        return _run_locked(settings, out, console, resume=resume)
+
+
+def _run_locked(
+    settings: AskSettings, out: Path, console: Console, *, resume: bool
+) -> dict[str, AgentResult]:
     if not resume:
         refuse_run(out / "trace.jsonl")  # before anything is written over
     source = open_text(settings.inputs, out, resume=resume)

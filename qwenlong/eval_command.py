@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwenlong.errors import InputError
+from qwenlong.storage import atomic_write, lock_folder
 
 if TYPE_CHECKING:
     from qwenlong.llm import Client
@@ -74,7 +75,7 @@ def make(
         "tokenizer": tokenizer,
         "text": haystack.name,
     }
-    with _progress(console) as progress:
+    with lock_folder(out), _progress(console) as progress:
         task = progress.add_task("made", total=len(names) * len(sizes) * count)
 
         def counted():
@@ -108,7 +109,8 @@ def load(
 
     samples = load_benchmark(form, source, tokenizer=tokenizer, documents=documents)
     about = {"format": form, "file": str(source), "tokenizer": tokenizer}
-    summary = write_dataset(out, islice(samples, limit), about=about)
+    with lock_folder(out):
+        summary = write_dataset(out, islice(samples, limit), about=about)
     Console(stderr=True).print(f"{out}: {summary['samples']:,} questions of {form}")
 
 
@@ -170,33 +172,38 @@ def run(
     )
     console = Console(stderr=True)
     total = sum(1 for _ in load_samples(data, with_text=False)) * samples
-    try:
-        with (
-            _open_client(model, base_url, api_key_env, concurrency, out, device, dtype) as client,
-            _progress(console) as progress,
-        ):
-            task = progress.add_task("answered", total=total)
-            steps = progress.add_task("agent steps", total=None, visible=mode == "agent")
-            done = ask(
-                data,
-                out,
-                client,
-                settings,
-                tick=lambda: progress.advance(task),
-                step_tick=lambda: progress.advance(steps),
-            )
-    except LLMError as error:
-        raise InputError(
-            f"the model failed: {error}. What was answered is kept; run the same command again"
-        ) from None
-    except KeyboardInterrupt:
-        raise InputError(f"interrupted; run the same command again to continue in {out}") from None
-    console.print(
-        f"{done.asked} answered, {done.known_before} known before, {done.refused} refused"
-    )
-    with _judge(judge_url, judge_model, out) as judge:
-        results = score_run(data, out, judge=judge)
-    _finish(console, out, results)
+    with lock_folder(out):
+        try:
+            with (
+                _open_client(
+                    model, base_url, api_key_env, concurrency, out, device, dtype
+                ) as client,
+                _progress(console) as progress,
+            ):
+                task = progress.add_task("answered", total=total)
+                steps = progress.add_task("agent steps", total=None, visible=mode == "agent")
+                done = ask(
+                    data,
+                    out,
+                    client,
+                    settings,
+                    tick=lambda: progress.advance(task),
+                    step_tick=lambda: progress.advance(steps),
+                )
+        except LLMError as error:
+            raise InputError(
+                f"the model failed: {error}. What was answered is kept; run the same command again"
+            ) from None
+        except KeyboardInterrupt:
+            raise InputError(
+                f"interrupted; run the same command again to continue in {out}"
+            ) from None
+        console.print(
+            f"{done.asked} answered, {done.known_before} known before, {done.refused} refused"
+        )
+        with _judge(judge_url, judge_model, out) as judge:
+            results = score_run(data, out, judge=judge)
+        _finish(console, out, results)
 
 
 @app.command("score")
@@ -207,11 +214,12 @@ def score(
     judge_model: JudgeModel = "",
 ) -> None:
     """Score the responses of a run again, with a judge or without; no question is asked again."""
-    from qwenlong.evals.run import score_run
+    from qwenlong.evals.run import read_run, score_run
 
-    with _judge(judge_url, judge_model, run_folder) as judge:
+    read_run(run_folder)  # no folder is made where there is no run
+    with lock_folder(run_folder), _judge(judge_url, judge_model, run_folder) as judge:
         results = score_run(data, run_folder, judge=judge)
-    _finish(Console(stderr=True), run_folder, results)
+        _finish(Console(stderr=True), run_folder, results)
 
 
 @app.command("compare")
@@ -223,7 +231,6 @@ def compare(
     """Two runs over the same questions: both means, and the difference with its interval."""
     from qwenlong.evals import report
     from qwenlong.evals.run import read_results
-    from qwenlong.storage import atomic_write
 
     results = [read_results(folder) for folder in (first, second)]
     names = (first.name, second.name)
@@ -234,9 +241,10 @@ def compare(
     except ValueError as error:
         raise InputError(f"{error}") from None
     runs = {name: report.summarise(rows) for name, rows in zip(names, results, strict=True)}
-    with atomic_write(out / "comparison.md") as file:
-        file.write(f"{table}\n\n{report.METHOD}; of the difference: both combined.\n")
-    report.draw(runs, out / "comparison.png")
+    with lock_folder(out):
+        with atomic_write(out / "comparison.md") as file:
+            file.write(f"{table}\n\n{report.METHOD}; of the difference: both combined.\n")
+        report.draw(runs, out / "comparison.png")
     _show(table)
 
 

@@ -7,6 +7,7 @@ the models of several (SCE). Everything is checked before the first stage runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from qwenlong.config import MergeRecipe, Recipe, load_recipe
 from qwenlong.errors import InputError
 from qwenlong.merge_command import MergeSettings, merge_checkpoints
 from qwenlong.models import load_causal_lm, load_tokenizer
+from qwenlong.storage import lock_folder
 from qwenlong.tiny import model_folder
 from qwenlong.train_command import EXPORTED, run_stage
 
@@ -64,12 +66,17 @@ def run_ladder(folder: Path, out: Path, *, resume: bool, console: Console | None
     With ``resume`` finished stages are left as they are and the one that was begun goes on.
     """
     stages = load_ladder(folder)
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    with lock_folder(out) if is_main else contextlib.nullcontext():
+        return _run_stages(stages, out, resume=resume, console=console or Console(stderr=True))
+
+
+def _run_stages(stages: list[Stage], out: Path, *, resume: bool, console: Console) -> Path:
     is_begun = [any((out / stage.name).exists() for stage in stages)]
     if dist.is_initialized():  # the first rank's word: it may have made a folder by now
         dist.broadcast_object_list(is_begun, src=0)
     if is_begun[0] and not resume:
         raise InputError(f"{out} holds a ladder; add --resume to go on with it, or choose another.")
-    console = console or Console(stderr=True)
     folders = {stage.name: out / stage.name for stage in stages}
     final = out
     for number, stage in enumerate(stages, 1):

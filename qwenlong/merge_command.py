@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import platform
 import shutil
@@ -49,7 +48,14 @@ from qwenlong.merge_files import (
     write_index,
 )
 from qwenlong.merge_plot import draw_weights
-from qwenlong.storage import JsonlAppender, atomic_write, read_jsonl, write_json
+from qwenlong.storage import (
+    LOCK_NAME,
+    JsonlAppender,
+    atomic_write,
+    lock_folder,
+    read_jsonl,
+    write_json,
+)
 
 _SPARE_BYTES = 64_000_000  # for config, tokenizer, journal and picture, when room is checked
 
@@ -124,15 +130,13 @@ def merge_checkpoints(
     """
     on_bytes = on_bytes or (lambda name, count: None)
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; remove it or choose another --out.")
+    _check_free(out)
     base, experts = open_models(settings)
     plan = plan_shards(base.entries, settings.max_shard_bytes)
     job = {
         "settings": asdict(settings) | {"experts": list(settings.experts)},
         "files": [fingerprint(model) for model in (base, *experts)],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     with _partial_folder(out) as partial:
         try:
             stats = _write_shards(job, base, experts, plan, settings, partial, on_bytes)
@@ -176,21 +180,11 @@ def _partial_folder(out: Path) -> Iterator[Path]:
     The lock goes with the process, so that a killed run's folder can be taken over.
     """
     partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another process is writing {out}.") from None
-        except OSError as error:
-            raise InputError(
-                f"{out.parent} has no file locks ({error.strerror}); "
-                "choose an --out on another file system."
-            ) from error
+    with lock_folder(partial):
+        _check_free(out)  # the process that had the lock before may have made it
         try:
             yield partial
-            for name in ("lock", "journal.jsonl"):
-                (partial / name).unlink()
+            (partial / "journal.jsonl").unlink()
             try:
                 os.replace(partial, out)
             except OSError as error:
@@ -198,6 +192,12 @@ def _partial_folder(out: Path) -> Iterator[Path]:
         except Exception:  # not KeyboardInterrupt: an interrupted merge goes on
             shutil.rmtree(partial)
             raise
+        (out / LOCK_NAME).unlink()
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; remove it or choose another --out.")
 
 
 def _write_shards(
@@ -249,7 +249,7 @@ def _resume(job: dict, partial: Path) -> dict[str, dict]:
     done = {}
     if rows and rows[0] == job:
         done = {row["shard"]: row["tensors"] for row in rows[1:]}
-    keep = {"lock", *done, *(["journal.jsonl"] if done else [])}
+    keep = {LOCK_NAME, *done, *(["journal.jsonl"] if done else [])}
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

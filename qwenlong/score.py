@@ -37,7 +37,7 @@ from qwenlong.models import load_tokenizer
 from qwenlong.score_model import OnRead, Part, Reader, in_options, load_reader
 from qwenlong.score_plot import draw_scores, uncertain_passages
 from qwenlong.score_windows import Window, choose_windows
-from qwenlong.storage import atomic_write, write_json
+from qwenlong.storage import atomic_write, lock_folder, write_json
 from qwenlong.tokens import Tokens, read_document, tokenize
 
 _LOG_SECONDS = 10.0
@@ -355,7 +355,7 @@ def print_summary(console: Console, summary: dict, out: Path) -> None:
 
 def run_command(settings: ScoreSettings, out: Path, *, force: bool) -> None:
     """``run`` for a terminal: progress on standard error, the summary on standard output."""
-    with _sentences():
+    with _sentences(), lock_folder(out):
         summary = run(settings, out, Console(stderr=True), force=force)
     print_summary(Console(), summary, out)
 
@@ -445,6 +445,6 @@ def score(
         return
     from qwenlong.score_groups import print_groups, run_groups
 
-    with _sentences():
+    with _sentences(), lock_folder(out):
         summary = run_groups(settings, out, Console(stderr=True), force=force)
     print_groups(Console(), summary, out)

@@ -1,15 +1,20 @@
 """Files that survive a kill: written under a temporary name and renamed, or appended a whole line
-at a time.
+at a time; and folders that one process at a time writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from qwenlong.errors import InputError
+
+LOCK_NAME = ".lock"
 
 
 @contextlib.contextmanager
@@ -108,3 +113,73 @@ class JsonlAppender:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Keep ``folder`` for the block: made if there is none, and nobody else's until the end.
+
+    An advisory ``flock`` on ``folder/.lock``, which says who holds it. The system frees it when the
+    process ends, killed or not, so that a file that was left behind locks nobody out. It does not
+    nest: a second lock in the same process is refused as another process's is.
+
+    Raises:
+        InputError: another holds it (with its process), or the folder cannot be written.
+    """
+    folder = Path(folder)
+    path = folder / LOCK_NAME
+    is_new = not folder.exists()
+    if not is_new and not folder.is_dir():
+        raise InputError(f"{folder} is a file; --out takes a folder.")
+    file = _locked_file(folder, path)
+    try:
+        yield
+    finally:
+        with file:
+            if _is_at(file, path):  # not where the folder was renamed, and a new one has its name
+                path.unlink()
+                if is_new:
+                    with contextlib.suppress(OSError):  # of a block that wrote something
+                        folder.rmdir()
+
+
+def _locked_file(folder: Path, path: Path) -> IO[bytes]:
+    while True:
+        is_there = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            is_there = True
+            file = open(path, "ab+", buffering=0)
+        except OSError as error:
+            if is_there and not folder.exists():  # whoever had it removed it in between
+                continue
+            raise InputError(
+                f"{folder} cannot be written ({error.strerror}); choose another folder."
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "another process"
+            file.close()
+            raise InputError(
+                f"{folder} is in use by {holder}; wait for it or choose another folder."
+            ) from None
+        except OSError as error:
+            file.close()
+            raise InputError(
+                f"{folder} is on a file system without locks ({error.strerror}); "
+                "choose a folder on another one."
+            ) from None
+        if _is_at(file, path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+            return file
+        file.close()  # the holder before took the file away: it locks nothing
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

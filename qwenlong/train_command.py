@@ -21,7 +21,8 @@ from qwenlong.errors import InputError
 from qwenlong.llm import LLMError
 from qwenlong.metrics import METRICS_FILE, MetricsLog
 from qwenlong.rewards import JudgeError
-from qwenlong.run_setup import build_run, lock_run
+from qwenlong.run_setup import build_run
+from qwenlong.storage import lock_folder
 from qwenlong.train import Run, Stopped, train
 from qwenlong.train_plot import Dashboard
 from qwenlong.train_report import Metrics
@@ -42,9 +43,22 @@ def run_stage(
     Raises:
         InputError: one sentence; all completed steps are saved where the run had begun.
     """
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    with lock_folder(out) if is_main else contextlib.nullcontext():
+        return run_locked_stage(recipe, out, resume=resume, stages=stages, console=console)
+
+
+def run_locked_stage(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool,
+    stages: dict[str, Path] | None = None,
+    console: Console | None = None,
+) -> Path:
+    """``run_stage`` for a caller that holds the lock of ``out``."""
     console = console or Console(stderr=True)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
-    lock = lock_run(out) if is_main else None
     log = run = None
     try:
         run = build_run(recipe, out, resume=resume, stages=stages, report=console.print)
@@ -67,8 +81,6 @@ def run_stage(
             run.environment.close()
         if log is not None:
             log.close()
-        if lock is not None:
-            os.close(lock)
 
 
 class _Log:

@@ -33,9 +33,9 @@ from qwenlong.metrics import METRICS_FILE, read_metrics
 from qwenlong.models import load_causal_lm, load_tokenizer, pick_device
 from qwenlong.rewards import score
 from qwenlong.rollout import EmbeddedRollouts
-from qwenlong.storage import atomic_write, read_jsonl, write_json, write_jsonl
+from qwenlong.storage import atomic_write, lock_folder, read_jsonl, write_json, write_jsonl
 from qwenlong.tiny import model_folder
-from qwenlong.train_command import run_stage
+from qwenlong.train_command import run_locked_stage
 from qwenlong.types import Sample
 
 RECIPE = Path("recipes/train-demo.yaml")
@@ -60,7 +60,8 @@ def train_demo(
         raise InputError(f"{recipe} is a merge; give a recipe that trains.")
     if seed is not None:
         loaded = loaded.model_copy(update={"seed": seed})
-    result = run_demo(loaded, out, passages, greedy=greedy, console=Console(stderr=True))
+    with lock_folder(out):
+        result = run_demo(loaded, out, passages, greedy=greedy, console=Console(stderr=True))
     print(describe(result))
     print(out / "train-demo.png")
 
@@ -75,7 +76,9 @@ def run_demo(
     temperatures = (recipe.rollout.temperature, 0.0) if greedy else (recipe.rollout.temperature,)
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for when in BOTH:
-        folder = base if when == "before" else run_stage(recipe, out, resume=True, console=console)
+        folder = base
+        if when == "after":
+            folder = run_locked_stage(recipe, out, resume=True, console=console)
         for temperature in temperatures:
             path = out / "held-out" / f"{when}-t{temperature:g}.jsonl"
             found = list(read_jsonl(path)) if path.exists() else []

@@ -47,8 +47,8 @@ from qwenlong.data.store import (
     sha256,
 )
 from qwenlong.data.verify import find_duplicates, verify_sample
-from qwenlong.data.workspace import Stage, Workers, exclusive, key_of
-from qwenlong.storage import atomic_write, read_jsonl, write_json, write_jsonl
+from qwenlong.data.workspace import Stage, Workers, key_of
+from qwenlong.storage import atomic_write, lock_folder, read_jsonl, write_json, write_jsonl
 from qwenlong.types import Sample
 
 FORMAT = 2  # raise it when a stage writes something else for the same recipe
@@ -100,7 +100,7 @@ def run_pipeline(
     """
     out = Path(out)
     run = Run(str(out), json.dumps(recipe.to_json(), sort_keys=True), workers)
-    with exclusive(out):
+    with lock_folder(out):
         load_tokenizer(recipe.tokenizer)  # what is wrong fails here, not in the middle
         describe(recipe.decontaminate)
         for route in recipe.routes:

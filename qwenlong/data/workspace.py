@@ -8,8 +8,6 @@ depends on; a stage with another key is emptied and made again.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -32,26 +30,6 @@ def key_of(*parts: Any) -> str:
     """A short hash of plain JSON values."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; a second run in it is refused."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be the folder of a run ({error.strerror}); choose another --out"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{folder} is in use by another run; wait for it or choose another --out"
-            ) from None
-        yield
 
 
 class Stage:

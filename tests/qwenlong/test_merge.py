@@ -1,5 +1,5 @@
+import contextlib
 import errno
-import fcntl
 import json
 import shutil
 import subprocess
@@ -18,6 +18,7 @@ from qwenlong.merge import ROW, VARIANTS, DeltaSlices, TensorStats, merge_slices
 from qwenlong.merge_command import MergeSettings, merge_checkpoints
 from qwenlong.merge_files import INDEX, open_checkpoint, plan_shards
 from qwenlong.merge_plot import OUTSIDE, draw_weights, place
+from qwenlong.storage import LOCK_NAME, lock_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -568,22 +569,27 @@ def test_too_little_room_is_said_before_anything_is_written(toys, tmp_path, monk
 
 def test_two_merges_into_one_folder(toys, tmp_path, no_picture):
     partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    with open(partial / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is writing"):
+    with lock_folder(partial):
+        with pytest.raises(InputError, match=r"\.out\.partial is in use by process"):
             merge_checkpoints(settings(toys), tmp_path / "out")
         assert partial.exists()
     merge_checkpoints(settings(toys), tmp_path / "out")
+    assert not (tmp_path / "out" / LOCK_NAME).exists() and not partial.exists()
 
 
-def test_a_file_system_without_locks(toys, tmp_path, monkeypatch):
-    def flock(file, how):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+def test_a_merge_that_was_made_while_its_twin_waited_is_left_alone(toys, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def lock_after_the_other(folder):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model.safetensors").write_bytes(b"the other's")
+        with lock_folder(folder):
+            yield
 
-    monkeypatch.setattr(command.fcntl, "flock", flock)
-    with pytest.raises(InputError, match="no file locks"):
+    monkeypatch.setattr(command, "lock_folder", lock_after_the_other)
+    with pytest.raises(InputError, match="exists and is not empty"):
         merge_checkpoints(settings(toys), tmp_path / "out")
+    assert listing(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"the other's"
 
 
 # --- picture and command -----------------------------------------------------

@@ -30,10 +30,10 @@ from qwenlong.data.recipe import (
     load_recipe,
     recipe_from_json,
 )
-from qwenlong.data.workspace import exclusive
 from qwenlong.errors import InputError
 from qwenlong.llm import ServerUnavailable
 from qwenlong.prompts import document_block, render, view
+from qwenlong.storage import lock_folder
 from qwenlong.types import split_of
 
 HERE = Path(__file__).parent
@@ -198,7 +198,7 @@ def test_an_empty_outcome_is_still_an_outcome(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(corpus, tmp_path):
-    with exclusive(tmp_path), pytest.raises(InputError, match="in use by another run"):
+    with lock_folder(tmp_path), pytest.raises(InputError, match="is in use by process"):
         run_pipeline(toy_recipe(corpus), tmp_path)
 
 
