@@ -36,6 +36,7 @@ from qlkernels._triton import tl, triton
 from qlkernels.linear_logprob import autocast_operands, linear_logprob, linear_logprob_ref
 from qlkernels.linear_logprob.kernels import (
     FOLD_CONFIG,
+    ROWS,
     launch_options,
     load_pair,
     uses_tma,
@@ -94,7 +95,7 @@ def linear_policy_loss_ref(
 # --- kernels -----------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=ROWS)
 def _exp_kernel(
     x, w, bias_ptr, temperature_ptr, offset_ptr, exp_ptr, s_ptr, q_ptr,
     stride_xt, stride_wv, stride_et, T, V, H, temperature, logit_scale,

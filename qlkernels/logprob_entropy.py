@@ -67,7 +67,15 @@ def logprob_entropy_ref(
 # --- kernels -----------------------------------------------------------------
 
 
-@triton.jit
+# A kernel is compiled once for every divisibility of the arguments that are specialised. The [T]
+# vectors, of which a program reads one element, may start anywhere in a batch.
+_ROWS = [
+    "target_ptr", "row_mask_ptr", "temperature_ptr", "logprobs_ptr", "entropy_ptr", "lse_ptr",
+    "dlogprobs_ptr", "dentropy_ptr", "dlse_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_ROWS)
 def _logprob_entropy_fwd_kernel(
     logits_ptr,
     target_ptr,
@@ -121,7 +129,7 @@ def _logprob_entropy_fwd_kernel(
     tl.store(lse_ptr + t, tl.where(live, m * inv_tau + log_s, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ROWS)
 def _logprob_entropy_bwd_kernel(
     logits_ptr,
     target_ptr,

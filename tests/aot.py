@@ -49,6 +49,8 @@ def compile_for(kernel, capability, signature, constexprs, aligned=(), options=N
         kernel = kernel.fn
     missing = set(kernel.arg_names) - set(signature) - set(constexprs)
     assert not missing, f"{kernel.__name__}: no type for {sorted(missing)}"
+    unknown = {p.name for p in kernel.params if p.do_not_specialize} & set(aligned)
+    assert not unknown, f"{kernel.__name__}: launched without knowing what divides {unknown}"
     types = {n: "constexpr" if n in constexprs else signature[n] for n in kernel.arg_names}
     attrs = {
         (kernel.arg_names.index(n),): [["tt.divisibility", 16]]

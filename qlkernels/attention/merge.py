@@ -15,7 +15,11 @@ from qlkernels._triton import tl, triton
 _BLOCK_N, _WARPS = 32, 4
 
 
-@triton.jit(do_not_specialize=["N", "n_blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "N", "n_blocks", "stride_lse_h", "stride_part_lse_h", "lse_ptr", "part_lse_ptr",
+    ]
+)  # fmt: skip
 def _merge_kernel(
     out_ptr,
     part_ptr,
@@ -63,7 +67,7 @@ def aot_variants():
         stride_lse_h="i64", stride_part_lse_h="i64", N="i32", D="i32", n_blocks="i32",
     )  # fmt: skip
     aligned = (
-        "out_ptr", "part_ptr", "part_lse_ptr", "stride_out_n", "stride_out_h", "stride_part_n",
+        "out_ptr", "part_ptr", "stride_out_n", "stride_out_h", "stride_part_n",
         "stride_part_h", "D",
     )  # fmt: skip
     return [

@@ -59,7 +59,7 @@ def swiglu_backward_columns(
             tl.store(dh_ptr + at + I, dup.to(dh_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["max_tiles", "total"])
+@triton.jit(do_not_specialize=["max_tiles", "total", "weights_ptr"])
 def swiglu_backward_kernel(
     x, w, h_ptr, dh_ptr, a_ptr, partial_ptr, weights_ptr, order_ptr, tiles_ptr, n_tiles_ptr,
     stride_xt, stride_hm, stride_am, max_tiles, total, H, I,  # noqa: E741
@@ -200,7 +200,7 @@ def weight_gradient_kernel(
         add_columns(acc, out_ptr, offs_row, mask_m, column, N, ACCUMULATE, BLOCK_M, BLOCK_N, 32)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "ids_ptr"])
 def sum_shares_kernel(
     partial_ptr, inverse_ptr, ids_ptr, out_ptr, total, n_parts, E, BLOCK: tl.constexpr
 ):  # fmt: skip

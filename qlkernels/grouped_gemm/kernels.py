@@ -253,7 +253,7 @@ def product_kernel(
         store_columns(right, out_ptr, offs_row, mask_m, stride_om, column + half, N, half)
 
 
-@triton.jit(do_not_specialize=["first_token"])
+@triton.jit(do_not_specialize=["first_token", "ids_ptr", "weights_ptr"])
 def combine_kernel(
     rows_ptr, inverse_ptr, ids_ptr, weights_ptr, shift_ptr, residual_ptr, out_ptr,
     stride_rm, stride_rt, stride_ot, first_token, H, E,

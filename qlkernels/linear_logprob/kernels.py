@@ -12,6 +12,14 @@ from qlkernels._online import scale_and_cap, shifted, swizzled_tile
 from qlkernels._target import compute_capability, is_interpreting, multiprocessor_count
 from qlkernels._triton import tl, triton
 
+# A kernel is compiled once for every divisibility of the arguments that are specialised: those that
+# the vectors of a load depend on. The number of rows is not, nor are the [T] vectors, which are
+# read in the order of the accumulator, an element at a time, and may start anywhere in a batch.
+ROWS = [
+    "T", "target_ptr", "temperature_ptr", "target_z_ptr", "offset_ptr", "m_ptr", "s_ptr", "q_ptr",
+    "logprobs_ptr", "entropy_ptr", "lse_ptr", "dlogprobs_ptr", "dentropy_ptr", "dlse_ptr",
+]  # fmt: skip
+
 
 @triton.jit
 def load_pair(
@@ -38,7 +46,7 @@ def load_pair(
     return a, b
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=ROWS)
 def fold_kernel(
     x, w, bias_ptr, temperature_ptr, m_ptr, s_ptr, q_ptr,
     stride_xt, stride_wv, T, V, H, temperature, logit_scale, softcap,
@@ -87,7 +95,7 @@ def fold_kernel(
         tl.store(q_ptr + part, tl.sum(d * e, 1), mask=mask_t)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=ROWS)
 def target_logit_kernel(
     x, w, bias_ptr, target_ptr, target_z_ptr, stride_xt, stride_wv, T, V, H, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
@@ -125,7 +133,7 @@ def target_logit_kernel(
     tl.store(target_z_ptr + offs_t, z, mask=mask_t)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=ROWS)
 def merge_kernel(
     m_ptr, s_ptr, q_ptr, target_ptr, temperature_ptr, target_z_ptr,
     logprobs_ptr, entropy_ptr, lse_ptr, T, V, N, temperature,
@@ -166,7 +174,7 @@ def merge_kernel(
     tl.store(lse_ptr + offs_t, m * inv_tau + log_s, mask=mask_t)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=ROWS)
 def dlogits_kernel(
     x, w, bias_ptr, target_ptr, temperature_ptr, target_z_ptr, logprobs_ptr, entropy_ptr, lse_ptr,
     dlogprobs_ptr, dentropy_ptr, dlse_ptr, dlogits_ptr,

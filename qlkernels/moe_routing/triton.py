@@ -36,7 +36,7 @@ def _round_weights(w, ROUNDING: tl.constexpr):
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles", "replay_ptr"])
 def _moe_route_fwd_kernel(
     logits_ptr,
     replay_ptr,
@@ -116,7 +116,7 @@ def _moe_route_fwd_kernel(
     tl.store(part_counts_ptr + pid * E + offs_e, counts, mask=mask_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _moe_totals_kernel(
     part_probs_ptr,
     part_counts_ptr,
@@ -141,7 +141,7 @@ def _moe_totals_kernel(
     tl.store(counts_ptr + offs_e, tl.sum(counts, 0), mask=offs_e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "ids_ptr", "dweights_ptr"])
 def _moe_route_bwd_kernel(
     logits_ptr,
     ids_ptr,
@@ -218,18 +218,25 @@ def _moe_route_bwd_kernel(
 # --- index -------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles"])
 def _count_experts_kernel(
     ids_ptr,
     counts_ptr,
-    rows,
-    chunk,
+    T,
+    tiles,
     E,
+    TOP_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Rows of every expert in one chunk of rows; rows of no expert are not counted."""
+    """Rows of every expert in one chunk of ``tiles`` tiles of rows; rows of no expert are not
+    counted.
+
+    A chunk is counted in tiles and the rows in tokens, so that the compiler knows what divides them
+    for every T, and loads vectors.
+    """
     pid = tl.program_id(0).to(tl.int64)  # the last tile may reach past 2^31
+    rows, chunk = T * TOP_K, tiles * BLOCK_R
     offs_e = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, chunk, BLOCK_R):
@@ -239,7 +246,7 @@ def _count_experts_kernel(
     tl.store(counts_ptr + pid * E + offs_e, counts, mask=offs_e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _scan_counts_kernel(
     counts_ptr, totals_ptr, parts, E, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -257,7 +264,7 @@ def _scan_counts_kernel(
     tl.store(totals_ptr + offs_e, before, mask=offs_e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles"])
 def _sort_rows_kernel(
     ids_ptr,
     before_ptr,
@@ -265,9 +272,10 @@ def _sort_rows_kernel(
     sort_order_ptr,
     inverse_order_ptr,
     offsets_ptr,
-    rows,
-    chunk,
+    T,
+    tiles,
     E,
+    TOP_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -275,6 +283,7 @@ def _sort_rows_kernel(
     chunks, and its earlier rows of this chunk.
     """
     pid = tl.program_id(0).to(tl.int64)  # the last tile may reach past 2^31
+    rows, chunk = T * TOP_K, tiles * BLOCK_R
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     totals = tl.load(totals_ptr + offs_e, mask=mask_e, other=0)
@@ -317,10 +326,6 @@ def _blocks(E: int, elements: int) -> tuple[int, int]:
     """
     block_e = max(16, triton.next_power_of_2(E))
     return max(1, min(64, elements // block_e)), block_e
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def route(
@@ -413,19 +418,20 @@ def build_index(
     if rows == 0:
         expert_offsets.zero_()
         return
+    T, top_k = topk_ids.shape
     block_r, block_e = _blocks(num_experts, _INDEX_TILE)
-    chunk = _round_up(max(512, triton.cdiv(rows, _MOST_PARTS)), block_r)
-    parts = triton.cdiv(rows, chunk)
+    tiles = triton.cdiv(max(512, triton.cdiv(rows, _MOST_PARTS)), block_r)
+    parts = triton.cdiv(rows, tiles * block_r)
     options = dict(dtype=torch.int32, device=topk_ids.device)
     counts = torch.empty(parts, num_experts, **options)
     totals = torch.empty(num_experts, **options)
-    blocks = dict(BLOCK_R=block_r, BLOCK_E=block_e, num_warps=_WARPS)
-    _count_experts_kernel[(parts,)](topk_ids, counts, rows, chunk, num_experts, **blocks)
+    blocks = dict(TOP_K=top_k, BLOCK_R=block_r, BLOCK_E=block_e, num_warps=_WARPS)
+    _count_experts_kernel[(parts,)](topk_ids, counts, T, tiles, num_experts, **blocks)
     _scan_counts_kernel[(triton.cdiv(num_experts, _COLUMNS["BLOCK_E"]),)](
         counts, totals, parts, num_experts, **_COLUMNS
     )
     _sort_rows_kernel[(parts,)](
-        topk_ids, counts, totals, sort_order, inverse_order, expert_offsets, rows, chunk,
+        topk_ids, counts, totals, sort_order, inverse_order, expert_offsets, T, tiles,
         num_experts, **blocks,
     )  # fmt: skip
 
@@ -463,13 +469,13 @@ def aot_variants():
     found.append(("moe_totals", _moe_totals_kernel, parts, _COLUMNS, ("E",), {}))
     found.append(("scan_counts", _scan_counts_kernel, parts, _COLUMNS, ("E",), {}))
     block_r, block_e = _blocks(128, _INDEX_TILE)
-    blocks = dict(BLOCK_R=block_r, BLOCK_E=block_e)
+    blocks = dict(TOP_K=8, BLOCK_R=block_r, BLOCK_E=block_e)
     index = dict(
         ids_ptr="*i32", counts_ptr="*i32", before_ptr="*i32", totals_ptr="*i32",
-        sort_order_ptr="*i32", inverse_order_ptr="*i32", offsets_ptr="*i32", rows="i32",
-        chunk="i32", E="i32",
+        sort_order_ptr="*i32", inverse_order_ptr="*i32", offsets_ptr="*i32", T="i32",
+        tiles="i32", E="i32",
     )  # fmt: skip
-    aligned = ("ids_ptr", "counts_ptr", "before_ptr", "rows", "chunk", "E")
+    aligned = ("ids_ptr", "counts_ptr", "before_ptr", "E")
     found.append(("count_experts", _count_experts_kernel, index, blocks, aligned, {}))
     found.append(("sort_rows", _sort_rows_kernel, index, blocks, aligned, {}))
     return found

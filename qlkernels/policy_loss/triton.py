@@ -44,6 +44,16 @@ PACK = tl.constexpr(4096.0)  # counts of a tile are at most 1024: exact in fp32
 LIMIT = tl.constexpr(20.0)  # nats: LOG_RATIO_LIMIT of the reference
 
 
+# A kernel is compiled once for every divisibility of the arguments that are specialised. The sizes
+# and weights of a call are not, nor are vectors of the caller, which may start anywhere in a batch:
+# a tile starts where its sequence does, so its loads are not vectors anyway.
+PER_CALL = [
+    "T", "B", "n_tiles", "low", "high", "ratio_cap", "dual_clip", "kl_coef", "entropy_coef",
+    "scale", "logprobs_ptr", "old_ptr", "advantages_ptr", "response_ptr", "keep_ptr", "ref_ptr",
+    "rollout_ptr", "entropy_ptr", "weights_ptr",
+]  # fmt: skip
+
+
 @triton.jit
 def _locate(tile, cu_ptr, T, B, BLOCK: tl.constexpr, SEARCH: tl.constexpr):
     """Sequence of a tile, its first row, and the end of that sequence."""
@@ -80,7 +90,7 @@ def _row_sum(x_ptr, first, last, CHUNK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["T", "B", "n_tiles"])
+@triton.jit(do_not_specialize=PER_CALL)
 def _log_ratio_kernel(
     logprobs_ptr, old_ptr, response_ptr, cu_ptr, sums_ptr, T, B, n_tiles,
     BLOCK: tl.constexpr, SEARCH: tl.constexpr,
@@ -213,12 +223,7 @@ def _end_batch(
     tl.store(metrics_ptr + RATIO_MIN + tl.arange(0, 2), most)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "T", "B", "n_tiles", "low", "high", "ratio_cap", "dual_clip", "kl_coef", "entropy_coef",
-        "scale",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=PER_CALL)
 def _loss_kernel(
     logprobs_ptr, old_ptr, advantages_ptr, response_ptr, keep_ptr, ref_ptr, rollout_ptr,
     entropy_ptr, weights_ptr, cu_ptr, log_ratio_ptr, count_ptr, g_ptr, stats_ptr, sequence_ptr,
@@ -374,7 +379,7 @@ def _loss_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "B", "entropy_coef"])
+@triton.jit(do_not_specialize=PER_CALL)
 def _grad_kernel(
     dloss_ptr, coef_ptr, g_ptr, response_ptr, keep_ptr, weights_ptr, cu_ptr,
     dlogprobs_ptr, dentropy_ptr, T, B, entropy_coef,
@@ -485,7 +490,8 @@ def aot_variants():
     found = []
 
     def add(name, kernel, signature, constexprs):
-        aligned = tuple(k for k, v in signature.items() if v[0] == "*" and k not in constexprs)
+        others = [*constexprs, *PER_CALL]
+        aligned = tuple(k for k, v in signature.items() if v[0] == "*" and k not in others)
         found.append((f"policy_loss-{name}", kernel, signature, constexprs, aligned, OPTIONS))
 
     add(

@@ -60,7 +60,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, stride_xt, H, eps, BLOCK_H: tl.
     tl.store(out_ptr + t * H + offs, (w * rounded).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_and_rotate_kernel(
     x_ptr,
     weight_ptr,
