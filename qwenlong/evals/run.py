@@ -298,7 +298,10 @@ class _Contexts:
         shutil.rmtree(self._folder)
 
     def source(self, sample: Sample) -> TextSource:
-        """The context of ``sample`` as its full-context prompt shows it, for one more reader."""
+        """The context of ``sample`` as its full-context prompt shows it, for one more reader.
+
+        It is empty without documents: the agent's first call is its answer then.
+        """
         if sample.id not in self._open:
             path = self._folder / f"{hashlib.sha256(sample.id.encode()).hexdigest()}.txt"
             with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
@@ -306,7 +309,10 @@ class _Contexts:
                 for number, block in enumerate(blocks):
                     gap = prompts.DOCUMENT_GAP if number else ""
                     file.write(gap + block.replace("\0", ""))  # a text file holds no zero bytes
-            source = TextSource.from_documents([("", path)], name=sample.id)
+            if path.stat().st_size:
+                source = TextSource.from_documents([("", path)], name=sample.id)
+            else:
+                source = TextSource.from_text("", name=sample.id)
             self._open[sample.id] = (source, path)
         self._readers[sample.id] += 1
         return self._open[sample.id][0]

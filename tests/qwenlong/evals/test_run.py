@@ -15,7 +15,7 @@ from qwenlong.llm import (
     TransientError,
     VirtualTime,
 )
-from qwenlong.prompts import render
+from qwenlong.prompts import AGENT_NO_MEMORY, render
 from qwenlong.rewards import Judge
 from qwenlong.types import Document, Sample
 from tests.qwenlong.evals.readers import (
@@ -102,6 +102,37 @@ def test_closed_book_shows_no_document(data, tmp_path, samples):
     assert mean(results) == 0
     assert all("<document" not in c.messages[0]["content"] for c in client.calls)
     assert all(len(c.messages[0]["content"]) < 5_000 for c in client.calls)
+
+
+@pytest.mark.parametrize("settings", [FULL, AGENT], ids=["full", "agent"])
+def test_a_question_without_documents_is_answered_at_once(tmp_path, samples, settings):
+    bare = Sample(
+        id="bare",
+        task="reading_qa",
+        question="What is the sum of 19 and 23?",
+        instructions="End with: the answer is (N).",
+        documents=[],
+        answers=["42"],
+        answer_type="number",
+        reward="numeric",
+    )
+    write_dataset(tmp_path / "data", [bare, samples[0]])
+    asked = []
+
+    class Adder(PerfectReader):
+        def answer(self, request):
+            if "19 and 23" not in request.messages[-1]["content"]:
+                return super().answer(request)
+            asked.append(request.messages[-1]["content"])
+            return said("42")
+
+    results = run(tmp_path / "data", tmp_path / "run", Adder(samples), settings)
+    assert [(r.sample_id, r.score) for r in results] == [("bare", 1.0), (samples[0].id, 1.0)]
+    assert results[0].tokens["calls"] == 1
+    [prompt] = asked
+    assert "<section>" not in prompt and bare.instructions in prompt
+    if settings.mode == "agent":
+        assert f"<memory>\n{AGENT_NO_MEMORY}\n</memory>" in prompt
 
 
 # --- nothing of the answer in a prompt ---------------------------------------
