@@ -28,7 +28,7 @@ from qlkernels._target import compute_capability, is_interpreting
 # the package rebinds the names of these modules to their functions
 linear_kernels = sys.modules["qlkernels.linear_logprob.kernels"]
 linear_policy_module = sys.modules["qlkernels.linear_policy_loss"]
-logprob_module = sys.modules["qlkernels.logprob_entropy"]
+logprob_kernels = sys.modules["qlkernels.logprob_entropy.kernels"]
 
 GEMM = [  # BLOCK_T, BLOCK_V, BLOCK_H, GROUP_T, num_warps, num_stages
     (block_t, block_v, block_h, group, warps, stages)
@@ -75,13 +75,13 @@ def target(name: str, tokens: int, hidden: int, vocab: int, device: str, dtype: 
         logits = torch.randn(tokens, vocab, dtype=dtype, device=device).requires_grad_()
         if name == "logprob_entropy_fwd":
             call = lambda: logprob_entropy(logits.detach(), y, impl="triton")  # noqa: E731
-            return logprob_module, "_FWD_CONFIG", ROW, call
+            return logprob_kernels, "FWD_CONFIG", ROW, call
         scores = logprob_entropy(logits, y, impl="triton")
 
         def backward():
             return torch.autograd.grad(scores.logprobs, logits, upstream, retain_graph=True)
 
-        return logprob_module, "_BWD_CONFIG", ROW, backward
+        return logprob_kernels, "BWD_CONFIG", ROW, backward
     x = torch.randn(tokens, hidden, generator=g).to(device, dtype).requires_grad_()
     w = (torch.randn(vocab, hidden, generator=g) / hidden**0.5).to(device, dtype).requires_grad_()
     if name == "linear_fold":

@@ -9,8 +9,6 @@ then the backward of ``logprob_entropy``, two reads and a write.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from qlkernels import _checks, _ext
@@ -18,9 +16,7 @@ from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._scores import TokenScores
 from qlkernels.logprob_entropy import blockers_of, check_arguments, logprob_entropy_ref
-
-# the package rebinds the name of the module to its function
-_passes = sys.modules["qlkernels.logprob_entropy"]
+from qlkernels.logprob_entropy.passes import backward, forward
 
 OP = "logprob_entropy_with_grad"
 
@@ -70,8 +66,8 @@ def _op(
             scores = _ext.logprob_entropy_grad(*row, *grads, dlogits)
             if scores is not None:
                 return scores
-        scores = _passes._forward(*row, impl)
-        _passes._backward(*row, scores, grads, impl, dlogits)
+        scores = forward(*row, impl)
+        backward(*row, scores, grads, impl, dlogits)
         return scores
 
 
