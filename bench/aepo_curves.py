@@ -231,4 +231,6 @@ if __name__ == "__main__":
     try:
         typer.run(main)
     except InputError as error:
-        sys.exit(f"aepo_curves: {error}")
+        # A single stage is resumed by an option; here the same command goes on by itself.
+        why = str(error).replace("go on with --resume", "the same command goes on")
+        sys.exit(f"aepo_curves: {why}")
