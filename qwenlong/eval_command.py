@@ -293,14 +293,14 @@ def _open_client(
         from qwenlong.llm import ChatClient
 
         return ChatClient(base_url, model=model, api_key=os.environ.get(api_key_env), **options)
-    from qwenlong.evals.engine import BatchedClient
+    from qwenlong.llm import EmbeddedClient
     from qwenlong.models import load_causal_lm, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer in {model} has no chat template; take an instruct model")
     network = load_causal_lm(model, device=device, dtype=dtype).model
-    return BatchedClient(network, tokenizer, name=model, batch_size=concurrency, **options)
+    return EmbeddedClient(network, tokenizer, name=model, batch_size=concurrency, **options)
 
 
 @contextlib.contextmanager

@@ -12,17 +12,22 @@ from qwenlong.llm.records import Completion, Request, RequestRefused
 if TYPE_CHECKING:
     import torch
 
+_GATHER_SECONDS = 0.05  # without a new request before a batch that is not full starts
 _STOP_TAIL = 16  # tokens beyond a stop string's own length that are decoded to find it
 
 
 class EmbeddedClient(Client):
     """Answers with a causal language model of transformers.
 
-    Requests that wait at the same time are generated as one batch, left-padded. Every request has
-    a random generator of its own (its seed plus ``sample_index``; without a seed, one derived from
+    Requests that wait at the same time are generated as one batch, left-padded. A batch that is not
+    full starts when no request has come for 50 ms: callers whose answers came together ask again
+    one after the other, and the first of them would be a batch of its own. Every request has a
+    random generator of its own (its seed plus ``sample_index``; without a seed, one derived from
     its content), so what it draws does not depend on its neighbours, up to the rounding of a padded
-    batch. ``logprobs`` are of the temperature-scaled, untruncated distribution (temperature 1 where
-    it is 0). ``extra_body={"chat_template_kwargs": {...}}`` reaches the chat template.
+    batch. Nor does its fate: the requests of a batch that fails are generated one by one, and only
+    those that fail alone raise. ``logprobs`` are of the temperature-scaled, untruncated distribution
+    (temperature 1 where it is 0). ``extra_body={"chat_template_kwargs": {...}}`` reaches the chat
+    template.
 
     Args:
         model: a ``PreTrainedModel``, or a folder or hub name.
@@ -70,8 +75,11 @@ class EmbeddedClient(Client):
         return [await future]
 
     async def _work(self) -> None:
-        await asyncio.sleep(0)  # requests of the same moment join the first batch
         while self._waiting:
+            known = 0
+            while known < len(self._waiting) < self._batch_size:
+                known = len(self._waiting)
+                await self._time.sleep(_GATHER_SECONDS)
             batch, self._waiting = (
                 self._waiting[: self._batch_size],
                 self._waiting[self._batch_size :],
@@ -87,10 +95,7 @@ class EmbeddedClient(Client):
                 else:
                     requests.append(request)
                     futures.append(future)
-            try:
-                results: list[Any] = await asyncio.to_thread(self._generate, requests, prompts)
-            except Exception as error:
-                results = [error] * len(futures)
+            results = await asyncio.to_thread(self._generate_apart, requests, prompts)
             for future, result in zip(futures, results, strict=True):
                 if future.done():
                     continue
@@ -98,6 +103,18 @@ class EmbeddedClient(Client):
                     future.set_exception(result)
                 else:
                     future.set_result(result)
+
+    def _generate_apart(
+        self, requests: list[Request], prompts: list[list[int]]
+    ) -> list[Completion | Exception]:
+        """An answer or an error for each request, its own and not that of its neighbour."""
+        try:
+            return list(self._generate(requests, prompts))
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+        pairs = zip(requests, prompts, strict=True)
+        return [result for r, p in pairs for result in self._generate_apart([r], [p])]
 
     def _prompt_ids(self, request: Request) -> list[int]:
         if request.messages is not None:
@@ -119,6 +136,13 @@ class EmbeddedClient(Client):
             raise RequestRefused(
                 f"{self.model}: the prompt has {len(ids)} tokens, the model's context is "
                 f"{self._context}",
+                status=400,
+            )
+        V = self._network.get_input_embeddings().num_embeddings
+        if not 0 <= min(ids) <= max(ids) < V:  # on a GPU it would end the process
+            raise RequestRefused(
+                f"{self.model}: the prompt holds the ids {min(ids)} to {max(ids)}, the model's are "
+                f"0 to {V - 1}",
                 status=400,
             )
         return ids

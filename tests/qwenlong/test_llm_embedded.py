@@ -113,7 +113,7 @@ def test_chat_template_length_limit_and_too_long_prompt(client):
 
 def test_a_broken_request_leaves_its_batch_alone(client):
     good = Request.completion("w1", max_tokens=2)
-    bad = Request.completion([10**9], max_tokens=2)  # no such token
+    bad = Request.completion([1, 10**9], max_tokens=2)  # no such token
 
     async def both():
         return await asyncio.gather(
@@ -124,9 +124,86 @@ def test_a_broken_request_leaves_its_batch_alone(client):
 
     refused, answered = asyncio.run(both())
     assert isinstance(refused, RequestRefused) and answered.completion_tokens >= 1
-    with pytest.raises(IndexError):
+    with pytest.raises(RequestRefused, match="ids 1 to 1000000000, the model's are 0 to 63"):
         client.generate(bad)
     assert client.generate(good) == answered
+
+
+def test_an_error_while_a_batch_is_written_is_one_request_s_alone(parts):
+    sizes = []
+
+    class Breaks(EmbeddedClient):
+        def _generate(self, requests, prompts):
+            sizes.append(len(prompts))
+            if any(len(prompt) == 3 for prompt in prompts):
+                raise RuntimeError("too long for this card")
+            return super()._generate(requests, prompts)
+
+    options = {"temperature": 1.3, "max_tokens": 8}
+    with EmbeddedClient(*parts, name="tiny") as client:
+        expected = [client.generate(Request.completion(p, **options)) for p in PROMPTS[1:]]
+
+    async def ask(client):
+        requests = [Request.completion(p, **options) for p in PROMPTS]
+        return await asyncio.gather(*map(client.agenerate, requests), return_exceptions=True)
+
+    with Breaks(*parts, name="tiny") as client:
+        broken, *answered = asyncio.run(ask(client))
+    assert isinstance(broken, RuntimeError) and answered == expected
+    assert sizes == [4, 1, 1, 1, 1]
+
+
+# --- batches -----------------------------------------------------------------
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A busy machine may take longer than 50 ms from one asker to the next."""
+    monkeypatch.setattr("qwenlong.llm.embedded._GATHER_SECONDS", 0.25)
+
+
+def sizes_and_texts(parts, batch_size, askers, rounds=1):
+    """Sizes of the batches, and the texts, of ``askers`` that ask ``rounds`` times one after the
+    other, each 2 ms behind the one before.
+    """
+    sizes = []
+
+    class Watched(EmbeddedClient):
+        def _generate(self, requests, prompts):
+            sizes.append(len(requests))
+            return super()._generate(requests, prompts)
+
+    async def asker(client, i):
+        said = ""
+        for _ in range(rounds):
+            await asyncio.sleep(0.002 * i)
+            request = Request.completion(f"w{i} w{i + 1} {said}", temperature=1.0, max_tokens=4)
+            said = (await client.agenerate(request)).text
+        return said
+
+    async def ask(client):
+        return await asyncio.gather(*(asker(client, i) for i in range(askers)))
+
+    with Watched(*parts, name="tiny", batch_size=batch_size) as client:
+        return sizes, asyncio.run(ask(client))
+
+
+def test_a_batch_fills_up_in_every_round(parts, patient):
+    sizes, texts = sizes_and_texts(parts, 8, 6, rounds=3)
+    assert sizes == [6, 6, 6]
+    apart, expected = sizes_and_texts(parts, 1, 6, rounds=3)
+    assert apart == [1] * 18 and texts == expected
+
+
+def test_those_left_over_wait_for_those_who_ask_again(parts, patient):
+    sizes, _ = sizes_and_texts(parts, 4, 6, rounds=2)
+    assert sizes == [4, 4, 4]
+
+
+def test_a_full_batch_does_not_wait_and_one_request_is_answered(parts, patient):
+    sizes, _ = sizes_and_texts(parts, 2, 6)
+    assert sizes == [2, 2, 2]
+    assert sizes_and_texts(parts, 8, 1)[0] == [1]
 
 
 def test_model_from_a_folder(parts, client, tmp_path):
