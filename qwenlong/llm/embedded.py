@@ -25,9 +25,9 @@ class EmbeddedClient(Client):
     random generator of its own (its seed plus ``sample_index``; without a seed, one derived from
     its content), so what it draws does not depend on its neighbours, up to the rounding of a padded
     batch. Nor does its fate: the requests of a batch that fails are generated one by one, and only
-    those that fail alone raise. ``logprobs`` are of the temperature-scaled, untruncated distribution
-    (temperature 1 where it is 0). ``extra_body={"chat_template_kwargs": {...}}`` reaches the chat
-    template.
+    those that fail alone raise. ``logprobs`` are of the temperature-scaled, untruncated
+    distribution (temperature 1 where it is 0). ``extra_body={"chat_template_kwargs": {...}}``
+    reaches the chat template.
 
     Args:
         model: a ``PreTrainedModel``, or a folder or hub name.
