@@ -41,13 +41,21 @@ def _check_choice(owner: str, name: str, value: str, allowed: tuple[str, ...]) -
 class EntropyMeter:
     """Entropy of a batch that comes in micro-batches and over ranks.
 
-    ``"sequence_mean"`` is eq. 11, the mean over sequences of their token means; a sequence must lie
-    in one micro-batch. ``"token_mean"`` weighs every token alike, as verl's ``actor/entropy_loss``
-    does by default, which the published AEPO snippet reads. Sums are fp64; nothing synchronises.
+    ``"sequence_mean"`` is eq. 11, the mean over sequences of their token means. ``"token_mean"``
+    weighs every token alike, as verl's ``actor/entropy_loss`` does by default, which the published
+    AEPO snippet reads. Sums are fp64; nothing synchronises.
+
+    A sequence of eq. 11 is a trajectory. inference: the paper's memory agent (section 2.3) is
+    updated by eq. 4 over trajectories whose tokens are those of all turns, so that eq. 11 has them
+    too; with turns in their place, a long document would count for more than a short one.
     """
 
     kind: str = "sequence_mean"
     _sums: torch.Tensor | None = field(default=None, init=False, repr=False)
+    # (sequence_of, sums and counts [2, B]) of the sequences that may go on in another micro-batch
+    _open: list[tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=list, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         _check_choice("EntropyMeter", "kind", self.kind, ENTROPIES)
@@ -57,21 +65,44 @@ class EntropyMeter:
         entropy: torch.Tensor,
         response_mask: torch.Tensor,
         cu_seqlens: torch.Tensor | None = None,
+        *,
+        sequence_of: torch.Tensor | None = None,
     ) -> None:
         """Take in rows: ``[T]`` with ``cu_seqlens`` ``[B + 1]``, or ``(B, S)``. Masked rows may be
-        NaN."""
+        NaN.
+
+        Args:
+            sequence_of: ``[B]`` integers on the CPU, which sequence of this rank each block is a
+                part of, where one has several (the turns of a trajectory), in one micro-batch or
+                over many. None: each is a sequence of its own.
+        """
         sums, counts = _sequence_sums(entropy, response_mask, cu_seqlens)
+        if sequence_of is not None and sequence_of.shape != sums.shape:
+            raise ValueError(
+                f"EntropyMeter: sequence_of is {tuple(sequence_of.shape)} for {len(sums)} blocks"
+            )
+        if sequence_of is not None and self.kind == "sequence_mean":
+            self._open.append((sequence_of, torch.stack([sums, counts])))
+            return
         if self.kind == "token_mean":
             found = torch.stack([sums.sum(), counts.sum()])
         else:
-            found = torch.stack([(sums / counts.clamp_min(1)).sum(), (counts > 0).sum().double()])
+            found = _means(sums, counts)
         self._sums = found if self._sums is None else self._sums + found
 
     def value(self, process_group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """0-d fp64, nats, over all that was added, on every rank of the group; NaN over nothing."""
-        if self._sums is None:
+        parts = [] if self._sums is None else [self._sums]
+        if self._open:
+            order = torch.cat([sequence_of for sequence_of, _ in self._open])
+            blocks = torch.cat([found for _, found in self._open], dim=1)  # [2, blocks]
+            order, at = order.sort(stable=True)
+            ends = order.unique_consecutive(return_counts=True)[1].cumsum(0)
+            offsets = torch.cat([ends.new_zeros(1), ends]).to(blocks.device)
+            parts.append(_means(*_block_sums(blocks[:, at.to(blocks.device)], offsets)))
+        if not parts:
             raise ValueError("EntropyMeter: nothing was added")
-        total = self._sums.clone()
+        total = torch.stack(parts).sum(0)
         if process_group is not None:
             dist.all_reduce(total, group=process_group)
         return total[0] / total[1]
@@ -105,12 +136,20 @@ def _sequence_sums(entropy, response_mask, cu_seqlens) -> tuple[torch.Tensor, to
     parts = torch.stack([torch.where(response_mask, entropy, 0.0).double(), response_mask.double()])
     if cu_seqlens is None:
         return tuple(parts.sum(dim=2))
-    # one block per sequence: a fixed order on every device, which index_add has not
-    offsets = cu_seqlens.long()
+    return _block_sums(parts, cu_seqlens.long())
+
+
+def _block_sums(parts: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Sums over the blocks of the last axis, in a fixed order, which index_add has not on a GPU."""
     return tuple(
         torch.segment_reduce(x, "sum", offsets=offsets, axis=0, initial=0, unsafe=True)
         for x in parts
     )
+
+
+def _means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """``[2]``: the sum of the means of the sequences that have a token, and their number."""
+    return torch.stack([(sums / counts.clamp_min(1)).sum(), (counts > 0).sum().double()])
 
 
 # --- negative-gradient clipping ----------------------------------------------

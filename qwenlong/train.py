@@ -200,7 +200,7 @@ def _score(run: Run, trajectories: Sequence[Trajectory]) -> float:
             layout = (batch or _idle()).layout.to(run.engine.device)
             scores = run.engine.forward(layout)
             if batch is not None:
-                meter.add(scores.entropy, layout.is_answer, layout.cu_seqlens)
+                _measure(meter, scores.entropy, batch, layout)
     return float(meter.value(run.engine.process_group))
 
 
@@ -229,7 +229,7 @@ def _update(
             if has_gradient:
                 engine.backward(result.loss, is_last=k == len(batches) - 1)
             if batch is not None and update == 0:
-                meter.add(result.scores.entropy, layout.is_answer, layout.cu_seqlens)
+                _measure(meter, result.scores.entropy, batch, layout)
                 old[k] = result.scores.logprobs if recipe.loss.updates_per_batch > 1 else None
                 sums[0] += float(result.loss.detach())
                 sums[1:] += _rollout_gap(trajectories, batch, layout, result.scores.logprobs)
@@ -277,6 +277,13 @@ def _meter(run: Run) -> EntropyMeter:
     nothing = torch.zeros(1, device=run.engine.device)
     meter.add(nothing, nothing.bool(), torch.tensor([0, 1], device=run.engine.device))
     return meter
+
+
+def _measure(meter: EntropyMeter, entropy, batch: MicroBatch, layout) -> None:
+    """Take in a micro-batch, whose answers are turns: those of a trajectory are one sequence."""
+    answer = batch.layout.answer_of.clamp_min(0)  # a prefix has no answer, and no row that counts
+    sequence_of = batch.trajectory_of[answer.long()]
+    meter.add(entropy, layout.is_answer, layout.cu_seqlens, sequence_of=sequence_of)
 
 
 def _rollout_gap(trajectories, batch: MicroBatch, layout, logprobs) -> torch.Tensor:

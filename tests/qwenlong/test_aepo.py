@@ -60,6 +60,32 @@ def test_micro_batches_add_up(kind):
     assert meter.value() == meter.value()
 
 
+def test_the_turns_of_a_trajectory_are_one_sequence_by_hand():
+    # Trajectory 7 has one turn of one token: mean 1.0. Trajectory 2 has three turns of 2, 1 and 3
+    # tokens: (0.2 + 0.4) + 0.6 + (0.1 + 0.1 + 0.4) = 1.8 over 6 tokens, mean 0.3.
+    entropy = torch.tensor([NAN, 0.2, 0.4, 1.0, 0.6, NAN, 0.1, 0.1, 0.4])
+    mask = ~entropy.isnan()
+    cu = torch.tensor([0, 1, 3, 4, 5, 6, 9])  # two prefixes, which have no row that counts
+    of = torch.tensor([2, 2, 7, 2, 7, 2])
+    for cuts in ([0, 6], [0, 2, 6], [0, 1, 2, 3, 4, 5, 6]):  # in one micro-batch, or over several
+        meter = EntropyMeter()
+        for a, b in zip(cuts, cuts[1:], strict=False):
+            rows = slice(int(cu[a]), int(cu[b]))
+            part = cu[a : b + 1] - cu[a]
+            meter.add(entropy[rows], mask[rows], part, sequence_of=of[a:b])
+        assert meter.value().item() == pytest.approx((1.0 + 0.3) / 2)
+        # a sequence of its own beside them, as when a rank adds what has no trajectory
+        meter.add(torch.tensor([0.8]), torch.tensor([True]), torch.tensor([0, 1]))
+        assert meter.value().item() == pytest.approx((1.0 + 0.3 + 0.8) / 3)
+    turns = batch_entropy(entropy, mask, cu)  # each a sequence of its own
+    assert turns.item() == pytest.approx((0.3 + 1.0 + 0.6 + 0.2) / 4)
+    tokens = EntropyMeter("token_mean")
+    tokens.add(entropy, mask, cu, sequence_of=of)
+    assert tokens.value().item() == pytest.approx(2.8 / 7)
+    with pytest.raises(ValueError, match=r"sequence_of is \(2,\) for 6 blocks"):
+        meter.add(entropy, mask, cu, sequence_of=of[:2])
+
+
 def _rank(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)

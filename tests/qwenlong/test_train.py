@@ -248,15 +248,42 @@ def test_aepo_drops_negatives_and_the_denominator_is_as_asked(
     for name, parameter in policy.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
     # eq. 11: mean over sequences of the mean entropy; all of the batch, dropped ones too
-    with torch.no_grad():
-        means = []
-        for t in rolled:
-            turn = t.turns[0]
+    assert metrics["entropy"] == pytest.approx(mean_entropy(policy, rolled), abs=1e-5)
+
+
+@torch.no_grad()
+def mean_entropy(policy, rolled):
+    """Eq. 11 over trajectories, each the mean over the tokens of all its turns."""
+    means = []
+    for t in rolled:
+        found = []
+        for turn in t.turns:
             ids = torch.tensor([turn.prompt_ids + turn.response_ids])
             scores = policy(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
             scores = scores[len(turn.prompt_ids) - 1 : -1]
-            means.append(-(scores.exp() * scores).sum(-1).mean())
-    assert metrics["entropy"] == pytest.approx(float(torch.stack(means).mean()), abs=1e-5)
+            found.append(-(scores.exp() * scores).sum(-1))
+        means.append(torch.cat(found).mean())
+    return float(torch.stack(means).mean())
+
+
+@pytest.mark.parametrize("source", ["previous_step", "scoring_pass"])
+def test_the_entropy_of_an_agent_s_batch_is_that_of_its_trajectories(
+    model, tmp_path, monkeypatch, source
+):
+    short = ([5, 6, 7], [11])
+    turns = [([5, 6, 7], [12, 13]), ([8] * 20, [14] * 9), ([9] * 30, [15, 16, 17])]
+    rolled = [trajectory("a", [short], reward=1.0), trajectory("a", turns, index=1)]
+    aepo = {"low": 0.1, "high": 99.0, "entropy_source": source}
+    run = no_update(scripted_run(model, tmp_path, rolled, monkeypatch, aepo=aepo))
+    assert len(pack_trajectories(rolled, [True, True], 40)) == 2  # over several micro-batches
+    policy = run.engine.policy.causal_lm
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(10)  # its rows are nearly uniform, all of one entropy
+    wanted = mean_entropy(policy, rolled)
+    turns_alone = mean_entropy(policy, [trajectory("a", [turn]) for turn in [short, *turns]])
+    assert abs(turns_alone - wanted) > 0.01
+    assert train_step(run)["entropy"] == pytest.approx(wanted, abs=1e-5)
+    assert run.controller.last_entropy == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_second_update_clips_the_ratio_to_the_policy_that_sampled(model, tmp_path, monkeypatch):
