@@ -3,7 +3,7 @@
     OUT/recipe.json                      what the run was started with
     OUT/checkpoints/step-00000012/       complete, or not there at all
         model/           the model in the format of transformers, fp32 (with LoRA: adapter.pt)
-        optimizer.pt     (DeepSpeed: deepspeed/, a file a rank)
+        optimizer.pt     (fsdp2: optimizer-0.safetensors and so on; DeepSpeed: deepspeed/)
         random-0.pt      random states of rank 0, and so on
         state.json       step, sampler, AEPO; and the size of every file, written last
 
@@ -13,7 +13,6 @@ files do not have the sizes of its ``state.json`` is refused.
 
 from __future__ import annotations
 
-import copy
 import errno
 import json
 import os
@@ -188,18 +187,25 @@ def save_checkpoint(
     return folder
 
 
+class _Elsewhere(Exception):
+    """Another rank could not write."""
+
+
 def _with_room(out: Path, engine: Engine, disk: DiskPolicy, what: str, write: Callable[[], T]) -> T:
     deadline = time.monotonic() + disk.wait_s
     while True:
-        is_full, result = False, None
+        problem, result = None, None
         try:
             result = write()
         except Exception as error:  # torch and safetensors have errors of their own for it
-            if not _means_full_disk(error, out):
-                raise
-            is_full = True
-        if not engine.largest(int(is_full)):
+            problem = error
+        is_full = problem is not None and _means_full_disk(problem, out)
+        is_other = not (problem is None or is_full or isinstance(problem, _Elsewhere))
+        worst = engine.largest(2 if is_other else 1 if is_full else 0)
+        if worst == 0:
             return result
+        if worst == 2:
+            raise problem or _Elsewhere("another rank could not write")
         if engine.rank == 0:
             remove_partial(out)
             _prune(out, keep=1)
@@ -211,22 +217,30 @@ def _with_room(out: Path, engine: Engine, disk: DiskPolicy, what: str, write: Ca
         time.sleep(min(5.0, max(0.05, disk.wait_s / 20)))
 
 
+def _together(engine: Engine, work: Callable[[], None], *, main_only: bool = False) -> None:
+    """``work()``, after which all ranks raise if one failed, so that none waits for another."""
+    problem: Exception | None = None
+    if engine.rank == 0 or not main_only:
+        try:
+            work()
+        except Exception as error:
+            problem = error
+    failed = [text for text in engine.gather(problem and repr(problem)) if text]
+    if failed:
+        raise problem or _Elsewhere(failed[0])
+
+
 def _write(out: Path, engine: Engine, tokenizer: Any, state: dict[str, Any]) -> Path:
     folder = out / "checkpoints" / f"step-{state['step']:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
     if engine.gather(folder.exists())[0]:  # saved in time, before what stops the run now
         return folder
-    if engine.rank == 0:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    engine.gather(None)  # the folder exists for every rank
-    weights = engine.weights()
-    if engine.rank == 0:
-        _write_model(partial, engine, tokenizer, weights)
-    engine.save_optimizer(partial)
-    torch.save(random_states(), partial / f"random-{engine.rank}.pt")
-    engine.gather(None)  # all files are written
-    if engine.rank == 0:
+
+    def finish() -> None:
         files = [p for p in sorted(partial.rglob("*")) if p.is_file()]
         for file in files:
             _sync(file)
@@ -238,19 +252,19 @@ def _write(out: Path, engine: Engine, tokenizer: Any, state: dict[str, Any]) -> 
         _sync(partial)
         os.rename(partial, folder)
         _sync(folder.parent)
-    engine.gather(None)
+
+    _together(engine, begin, main_only=True)
+    if engine.recipe.model.lora is not None:  # the adapter alone
+        weights = engine.weights()
+        save = partial / ADAPTER_FILE
+        _together(engine, lambda: torch.save(weights, save), main_only=True)
+    else:
+        _together(engine, lambda: engine.save_model(partial / "model", torch.float32))
+        _together(engine, lambda: tokenizer.save_pretrained(partial / "model"), main_only=True)
+    _together(engine, lambda: engine.save_optimizer(partial))
+    _together(engine, lambda: torch.save(random_states(), partial / f"random-{engine.rank}.pt"))
+    _together(engine, finish, main_only=True)
     return folder
-
-
-def _write_model(
-    folder: Path, engine: Engine, tokenizer: Any, weights: dict[str, torch.Tensor]
-) -> None:
-    """The trained weights: a transformers model, or the adapter alone with LoRA."""
-    if engine.recipe.model.lora is not None:
-        torch.save(weights, folder / ADAPTER_FILE)
-        return
-    engine.policy.causal_lm.save_pretrained(folder / "model", state_dict=weights)
-    tokenizer.save_pretrained(folder / "model")
 
 
 def write_export(folder: Path, engine: Engine, tokenizer: Any, *, disk: DiskPolicy) -> None:
@@ -260,30 +274,22 @@ def write_export(folder: Path, engine: Engine, tokenizer: Any, *, disk: DiskPoli
 
 
 def _export(folder: Path, engine: Engine, tokenizer: Any) -> None:
-    weights = engine.weights()
-    if engine.rank == 0:
-        partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-        model = engine.replica.model
-        if engine.recipe.model.lora is not None:
-            model = copy.deepcopy(model).float()
-            model.load_state_dict(weights, strict=False)
-            model = model.merge_and_unload()
-            weights = model.state_dict()
-        dtype = DTYPES[engine.recipe.model.export_dtype]
-        converted = {id(w): w.to(dtype) for w in weights.values()}  # tied ones stay one tensor
-        state = {name: converted[id(w)] for name, w in weights.items()}
-        config_dtype, model.config.dtype = model.config.dtype, dtype
-        try:
-            model.save_pretrained(partial, state_dict=state)
-        finally:
-            model.config.dtype = config_dtype
+
+    def finish() -> None:
         tokenizer.save_pretrained(partial)
         for file in partial.iterdir():
             _sync(file)
         os.rename(partial, folder)
-    engine.gather(None)
+
+    _together(engine, begin, main_only=True)
+    dtype = DTYPES[engine.recipe.model.export_dtype]
+    _together(engine, lambda: engine.save_model(partial, dtype))
+    _together(engine, finish, main_only=True)
 
 
 def load_random_states(folder: Path, rank: int) -> None:

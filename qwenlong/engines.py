@@ -1,17 +1,15 @@
-"""How the policy's weights are held, updated and shared between processes.
+"""How the policy's weights are held and updated in one process, and how a policy is built.
 
-    torch      one process; fp32 weights, and a bf16 copy that computes where asked for
-    fsdp2      torch's fully_shard: fp32 shards, gathered a layer at a time in the compute dtype
-    deepspeed  ZeRO 1, 2 or 3
-
-Every engine takes the same calls; losses are sums over micro-batches and over ranks, so that the
-number of processes changes nothing but rounding. Sharded engines run collectives in forward and
-backward, so that all ranks must make the same number of passes (``lockstep``).
+Every engine takes the calls of ``Engine``; losses are sums over micro-batches and over ranks, so
+that the number of processes changes nothing but rounding. Those of several processes are in
+``qwenlong.sharded_engines``: they run collectives in forward and backward, so that all ranks must
+make the same number of passes (``lockstep``).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,22 @@ from torch import nn
 from qlkernels import LinearPolicyLoss, TokenScores
 from qlkernels.prefix_group import PackedGroups, pack_groups
 from qwenlong.config import LoraSettings, Recipe
+from qwenlong.episodes import seed_of
 from qwenlong.errors import InputError
-from qwenlong.models import DTYPES, load_causal_lm, pick_device
+from qwenlong.models import DTYPES, load_causal_lm, pick_device, split_head
 from qwenlong.policy import LossInputs, PackedPolicy
+from qwenlong.weight_stream import WeightStream
 
 OPTIMIZER_FILE = "optimizer.pt"
 
 
 class Engine:
-    """One process that holds everything, and the interface of the others.
+    """One process that holds everything, and the interface of the others: fp32 weights, and a copy
+    in the compute dtype that computes where that is another.
 
     Args:
         policy: in fp32, on the device it trains on.
         recipe: optimizer and compute dtype are read.
-
-    ``replica`` is the policy, or an unsharded copy of it whose weights may be older.
     """
 
     lockstep = False
@@ -44,7 +43,7 @@ class Engine:
     process_group: dist.ProcessGroup | None = None
 
     def __init__(self, policy: PackedPolicy, recipe: Recipe):
-        self.policy = self.replica = policy
+        self.policy = policy
         self.recipe = recipe
         self.device = next(policy.parameters()).device
         self._working = [p for p in policy.parameters() if p.requires_grad]
@@ -58,7 +57,21 @@ class Engine:
                 working.register_post_accumulate_grad_hook(
                     lambda p, master=master: _move_gradient(p, master)
                 )
-        self._optimizer = _adamw(self._masters, recipe)
+        self._optimizer = adamw(self._masters, recipe)
+
+    @classmethod
+    def load(cls, recipe: Recipe, folder: str | Path, adapter: Path | None = None) -> Engine:
+        """The engine of ``recipe`` with the weights of a transformers folder, and with those of a
+        checkpoint's ``adapter`` where LoRA is trained. A collective call.
+
+        Raises:
+            InputError: no such model, one whose logits are not those of its head, or whose
+                attention is not plain.
+        """
+        policy = build_policy(recipe, folder)
+        if adapter is not None:
+            policy.model.load_state_dict(read_adapter(adapter), strict=False)
+        return cls(policy, recipe)
 
     # --- a step ---------------------------------------------------------------
 
@@ -117,14 +130,14 @@ class Engine:
 
     # --- weights --------------------------------------------------------------
 
-    def rollout_model(self) -> nn.Module:
-        """An unsharded transformers model with the current weights. A collective call."""
-        return self._for_rollouts(self.policy)
-
-    def _for_rollouts(self, policy: PackedPolicy) -> nn.Module:
-        """A server knows no adapters: it gets them merged into a copy."""
-        is_merged = self.recipe.model.lora is not None and self.recipe.rollout.backend == "vllm"
-        return merged_copy(policy.model) if is_merged else policy.causal_lm
+    def rollout_model(self) -> nn.Module | WeightStream:
+        """The current weights as ``rollout.backend`` takes them: a transformers model that is
+        whole, or a stream of its weights. A collective call.
+        """
+        if self.recipe.rollout.backend != "vllm" or self.recipe.model.lora is None:
+            return self.policy.causal_lm
+        # A server knows no adapters: it gets them merged into a copy.
+        return copy.deepcopy(self.policy.model).merge_and_unload()
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights that are trained, fp32 on the CPU, by the names of ``policy.model``; empty on
@@ -135,6 +148,22 @@ class Engine:
         }
         named = self.policy.model.state_dict(keep_vars=True)  # tied weights under both names
         return {name: masters[id(p)] for name, p in named.items() if id(p) in masters}
+
+    def save_model(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write a transformers folder without a tokenizer, adapters merged. A collective call."""
+        model, weights = self.policy.model, self.weights()
+        if self.recipe.model.lora is not None:
+            model = copy.deepcopy(model).float()
+            model.load_state_dict(weights, strict=False)
+            model = model.merge_and_unload()
+            weights = model.state_dict()
+        converted = {id(w): w.to(dtype) for w in weights.values()}  # tied ones stay one tensor
+        state = {name: converted[id(w)] for name, w in weights.items()}
+        config_dtype, model.config.dtype = model.config.dtype, dtype
+        try:
+            model.save_pretrained(folder, state_dict=state)
+        finally:
+            model.config.dtype = config_dtype
 
     def save_optimizer(self, folder: Path) -> None:
         """Write what the optimizer remembers. A collective call."""
@@ -151,13 +180,6 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _replica(policy: PackedPolicy, recipe: Recipe) -> PackedPolicy:
-    """A copy that answers, in the dtype that computes."""
-    replica = copy.deepcopy(policy)
-    _cast(replica, DTYPES[recipe.model.compute_dtype])
-    return replica
-
-
 def _move_gradient(working: nn.Parameter, master: nn.Parameter) -> None:
     if master.grad is None:
         master.grad = working.grad.float()
@@ -166,7 +188,7 @@ def _move_gradient(working: nn.Parameter, master: nn.Parameter) -> None:
     working.grad = None
 
 
-def _adamw(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+def adamw(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     options = recipe.optimizer
     return torch.optim.AdamW(
         parameters,
@@ -177,190 +199,7 @@ def _adamw(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimi
     )
 
 
-# --- FSDP2 -------------------------------------------------------------------
-
-
-class FSDP2Engine(Engine):
-    """Weights, gradients and optimizer in shards; whole layers exist while they compute."""
-
-    lockstep = True
-
-    def __init__(self, policy: PackedPolicy, recipe: Recipe):
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        _need_processes("fsdp2")
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.process_group = dist.group.WORLD
-        self.replica = _replica(policy, recipe)
-        self.policy = policy
-        self.recipe = recipe
-        self.device = next(policy.parameters()).device
-        mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-        precision = MixedPrecisionPolicy(
-            param_dtype=DTYPES[recipe.model.compute_dtype],
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # advantages and loss weights stay in fp32
-        )
-        for layer in policy.causal_lm.base_model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(policy, mesh=mesh, mp_policy=precision)
-        self._masters = self._working = [p for p in policy.parameters() if p.requires_grad]
-        self._trained = {
-            name.removeprefix("model.")
-            for name, p in policy.named_parameters(remove_duplicate=False)
-            if p.requires_grad
-        }
-        self._optimizer = _adamw(self._masters, recipe)
-
-    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
-        # FSDP2 averages gradients over ranks, but the loss is a sum over them.
-        (loss * self.world_size).backward()
-
-    def _full(self, *, on_cpu: bool) -> dict[str, torch.Tensor]:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=on_cpu)
-        found = get_model_state_dict(self.policy, options=options)
-        return {name.removeprefix("model."): value for name, value in found.items()}
-
-    def rollout_model(self) -> nn.Module:
-        self.replica.model.load_state_dict(self._full(on_cpu=False), strict=False)
-        return self._for_rollouts(self.replica)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        found = self._full(on_cpu=True)
-        return {name: value for name, value in found.items() if name in self._trained}
-
-    def save_optimizer(self, folder: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_optimizer_state_dict,
-        )
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = {}
-        # Before the first update torch would make a state by a step of its own, which Adam counts.
-        if self._optimizer.state:
-            state = get_optimizer_state_dict(self.policy, self._optimizer, options=options)
-        if self.rank == 0:
-            torch.save(state, folder / OPTIMIZER_FILE)
-
-    def load_optimizer(self, folder: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_optimizer_state_dict,
-        )
-
-        state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-        options = StateDictOptions(full_state_dict=True)
-        if state:
-            set_optimizer_state_dict(self.policy, self._optimizer, state, options=options)
-
-
-# --- DeepSpeed ---------------------------------------------------------------
-
-
-class DeepSpeedEngine(Engine):
-    """ZeRO: the optimizer (1), gradients (2) and weights (3) in shards."""
-
-    lockstep = True
-
-    def __init__(self, policy: PackedPolicy, recipe: Recipe):
-        try:
-            import deepspeed
-        except ImportError:
-            raise InputError(
-                "engine.kind deepspeed needs the package deepspeed: pip install "
-                "'qlkernels[deepspeed]'."
-            ) from None
-
-        _need_processes("deepspeed")
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.process_group = dist.group.WORLD
-        self.recipe = recipe
-        self.device = next(policy.parameters()).device
-        self.replica = _replica(policy, recipe)
-        self._stage = recipe.engine.zero_stage
-        self._names = {
-            id(p): name for name, p in policy.model.named_parameters() if p.requires_grad
-        }
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        if self._stage == 3:
-            head = policy.causal_lm.get_output_embeddings()
-            for parameter in head.parameters():  # read by PackedPolicy, not by a call of the head
-                deepspeed.zero.register_external_parameter(policy, parameter)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=policy,
-            optimizer=_adamw(trained, recipe),
-            dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": recipe.optimizer.max_grad_norm,
-                "bf16": {"enabled": recipe.model.compute_dtype == "bfloat16"},
-                "zero_optimization": {"stage": self._stage},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            },
-        )
-        self.policy = policy
-        self._parameters = {name: p for p in trained if (name := self._names[id(p)])}
-
-    def forward(self, layout, inputs=None):
-        return self._engine(layout, inputs)
-
-    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self.world_size)  # it averages over ranks
-
-    def step(self, learning_rate: float) -> float:
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        norm = float(norm) if norm is not None else 0.0
-        if not norm < float("inf"):  # known only after ZeRO has updated
-            raise RuntimeError(f"the gradient's norm is {norm}; resume from the last checkpoint")
-        return norm
-
-    def _full(self) -> dict[str, torch.Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        found = {}
-        for name, parameter in self._parameters.items():
-            value = safe_get_full_fp32_param(parameter)
-            found[name] = (parameter if value is None else value).detach().float().cpu()
-        return found
-
-    def rollout_model(self) -> nn.Module:
-        # tied weights have one name here and two in the replica
-        self.replica.model.load_state_dict(self._full(), strict=False)
-        return self._for_rollouts(self.replica)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        found = self._full()
-        return found if self.rank == 0 else {}
-
-    def save_optimizer(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
-
-    def load_optimizer(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:
-            raise InputError(f"{folder} holds no checkpoint of DeepSpeed.")
-
-
 # --- building ----------------------------------------------------------------
-
-ENGINES = {"torch": Engine, "fsdp2": FSDP2Engine, "deepspeed": DeepSpeedEngine}
-
-
-def _need_processes(kind: str) -> None:
-    if not dist.is_initialized():
-        raise InputError(
-            f"engine.kind {kind} runs under torchrun: torchrun --nproc-per-node N -m qwenlong.cli "
-            "train ..."
-        )
 
 
 def build_policy(recipe: Recipe, folder: str | Path) -> PackedPolicy:
@@ -370,34 +209,69 @@ def build_policy(recipe: Recipe, folder: str | Path) -> PackedPolicy:
         InputError: no such model, one whose logits are not those of its head, or whose attention
             is not plain.
     """
-    settings = recipe.model
-    device = pick_device(settings.device)
+    device = pick_device(recipe.model.device)
     lm = load_causal_lm(folder, dtype="float32", device=device.type)
-    model = lm.model
+    policy = wrap_model(recipe, lm.model)
+    for name, parameter in policy.model.named_parameters():
+        if recipe.model.lora is not None and parameter.requires_grad:
+            start_adapter(name, recipe.seed, parameter.data)
+    check_attention(policy, folder, device)
+    return policy.train()
+
+
+def wrap_model(recipe: Recipe, model: nn.Module) -> PackedPolicy:
+    """A causal language model with what the recipe asks for around it; parameters may be on meta.
+
+    Values of adapters are left open.
+    """
+    settings, lm = recipe.model, split_head(model)
     if settings.lora is not None:
         model = _with_lora(model, settings.lora)
     if settings.gradient_checkpointing:
         # gradient_checkpointing_enable in older transformers; deprecated in 5.23
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    policy = PackedPolicy(
+    return PackedPolicy(
         model,
         recipe.rollout.temperature,
         logit_scale=lm.logit_scale,
         softcap=lm.softcap,
         offload_activations=settings.offload_activations,
     )
-    try:  # an attention that groups cannot share a prompt in is known before the first step
+
+
+def check_attention(policy: nn.Module, folder: str | Path, device: torch.device) -> None:
+    """An attention that groups cannot share a prompt in is known before the first step."""
+    try:
         with torch.no_grad():
             policy(pack_groups([[0, 1]], [[[2], [3]]]).to(device))
     except ValueError as error:
         raise InputError(f"the model in {folder} cannot be trained: {error}.") from error
-    return policy.train()
 
 
-def merged_copy(model: nn.Module) -> nn.Module:
-    """The transformers model of a peft model, adapters added to its weights; a copy."""
-    return copy.deepcopy(model).merge_and_unload()
+def read_adapter(file: Path) -> dict[str, torch.Tensor]:
+    """The adapters of a checkpoint, by the names of the peft model."""
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@torch.no_grad()
+def start_adapter(name: str, seed: int, out: torch.Tensor) -> None:
+    """Fill an adapter's weight as peft starts it: A uniform, B zero, so that nothing is added yet.
+
+    The values follow from the name, so that every rank has the same ones.
+
+    Raises:
+        InputError: the adapter is none of a linear layer.
+    """
+    if ".lora_A." in name:
+        generator = torch.Generator().manual_seed(seed_of("adapter", seed, name))
+        whole = torch.empty(out.shape)
+        nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        out.copy_(whole)
+    elif ".lora_B." in name:
+        out.zero_()
+    else:
+        raise InputError(f"model.lora.target_modules: {name} belongs to no linear layer.")
 
 
 def _with_lora(model: nn.Module, lora: LoraSettings) -> nn.Module:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlkernels.linear_logprob import linear_logprob
@@ -118,6 +119,16 @@ def _check_causal(folder: Path, config: Any) -> None:
         )
 
 
+def _causal_config(folder: Path) -> Any:
+    _check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"{folder}/config.json cannot be used: {_reason(error)}.") from error
+    _check_causal(folder, config)
+    return config
+
+
 def load_causal_lm(
     folder: str | Path, *, dtype: str = "auto", device: str = "auto", impl: str = "auto"
 ) -> CausalLM:
@@ -137,12 +148,7 @@ def load_causal_lm(
     folder, target = Path(folder), pick_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}; choose auto, {', '.join(DTYPES)}.")
-    _check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise InputError(f"{folder}/config.json cannot be used: {_reason(error)}.") from error
-    _check_causal(folder, config)
+    config = _causal_config(folder)
     if dtype == "auto":
         stored = config.get_text_config().dtype
         on_gpu = stored if stored in DTYPES.values() else torch.bfloat16
@@ -161,8 +167,47 @@ def load_causal_lm(
             f"{sorted(info['missing_keys'])[0]} among them; download the model again."
         )
     lm = split_head(model.to(target).eval())
-    _check_head(lm, impl)
+    check_head(lm, impl)
     return lm
+
+
+def empty_causal_lm(folder: str | Path) -> nn.Module:
+    """The fp32 model of a folder whose parameters are on the meta device: all but its weights.
+
+    Buffers hold what the constructor computes; a checkpoint has no rotary frequencies.
+
+    Raises:
+        InputError: the folder holds no causal language model.
+    """
+    folder = Path(folder)
+    config = _causal_config(folder)
+    try:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(
+                folder, local_files_only=True
+            )
+    except Exception as error:
+        raise InputError(f"the model in {folder} cannot be built: {_reason(error)}.") from error
+    return model
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules that are built inside have no memory for parameters; their buffers are real."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":  # a tied one stays itself
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without_memory
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def split_head(model: nn.Module) -> CausalLM:
@@ -186,8 +231,8 @@ def split_head(model: nn.Module) -> CausalLM:
     )
 
 
-@torch.inference_mode()
-def _check_head(lm: CausalLM, impl: str) -> None:
+@torch.no_grad()
+def check_head(lm: CausalLM, impl: str) -> None:
     """Try a few tokens: the model must look back only, and its logits must be those of its head.
 
     Models scale, cap or shift their logits in ways that a config does not tell; this finds out.

@@ -11,8 +11,8 @@ a sample have one prompt, later ones mostly have their own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ from qlkernels import LinearPolicyLoss, TokenScores, linear_logprob, linear_poli
 from qlkernels.hf import packed_groups
 from qlkernels.prefix_group import PackedGroups, pack_groups
 from qwenlong.types import Trajectory
+
+T = TypeVar("T")
 
 # --- packing -----------------------------------------------------------------
 
@@ -165,6 +167,10 @@ class PackedPolicy(nn.Module):
         """The transformers model, inside of what peft puts around it."""
         wrapped = hasattr(self.model, "get_base_model")
         return self.model.get_base_model() if wrapped else self.model
+
+    def call(self, work: Callable[[], T]) -> T:
+        """``work()`` where the weights outside of the layers are whole, as in ``forward``."""
+        return work()
 
     def forward(
         self, layout: PackedGroups, inputs: LossInputs | None = None

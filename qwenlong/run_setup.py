@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from qwenlong.advantage_rules import ADVANTAGES
@@ -23,7 +22,7 @@ from qwenlong.checkpoint import (
     seed_everything,
 )
 from qwenlong.config import JudgeSettings, Recipe
-from qwenlong.engines import ENGINES, Engine, build_policy
+from qwenlong.engines import Engine
 from qwenlong.episodes import EPISODES, Environment, seed_of
 from qwenlong.errors import InputError
 from qwenlong.llm import ChatClient, RetryPolicy
@@ -31,6 +30,7 @@ from qwenlong.models import DTYPES, load_tokenizer
 from qwenlong.rewards import Judge, reward_names
 from qwenlong.rollout import EmbeddedRollouts, Rollouts
 from qwenlong.sampler import TaskBalancedSampler
+from qwenlong.sharded_engines import DeepSpeedEngine, FSDP2Engine
 from qwenlong.stage_data import (
     StageData,
     draw_earlier,
@@ -44,6 +44,11 @@ from qwenlong.tiny import model_folder
 from qwenlong.train import Run
 from qwenlong.types import Sample
 
+ENGINES: dict[str, type[Engine]] = {
+    "torch": Engine,
+    "fsdp2": FSDP2Engine,
+    "deepspeed": DeepSpeedEngine,
+}
 RolloutMaker = Callable[[Recipe, Engine], Rollouts]
 
 
@@ -105,11 +110,10 @@ def build_run(
         source = checkpoint / "model"
     tokenizer = load_tokenizer(source)
     seed_everything(seed_of("global", recipe.seed, rank))
-    policy = build_policy(recipe, source)
-    if checkpoint is not None and (checkpoint / ADAPTER_FILE).is_file():
-        adapter = torch.load(checkpoint / ADAPTER_FILE, map_location="cpu", weights_only=True)
-        policy.model.load_state_dict(adapter, strict=False)
-    engine = ENGINES[recipe.engine.kind](policy, recipe)
+    adapter = checkpoint / ADAPTER_FILE if checkpoint is not None else None
+    if adapter is not None and not adapter.is_file():
+        adapter = None
+    engine = ENGINES[recipe.engine.kind].load(recipe, source, adapter)
     if checkpoint is not None:
         engine.load_optimizer(checkpoint)
 

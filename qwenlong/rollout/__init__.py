@@ -13,6 +13,7 @@ import torch
 
 from qwenlong.rollout.embedded import EmbeddedRollouts
 from qwenlong.types import Turn
+from qwenlong.weight_stream import WeightStream
 
 
 class Rollouts(Protocol):
@@ -44,8 +45,11 @@ class Rollouts(Protocol):
             an end token, which is its last id, and ``"length"`` where it was cut.
         """
 
-    def sync_weights(self, model: torch.nn.Module, policy_step: int) -> None:
-        """Answers that are generated from here on come from the weights of ``model``."""
+    def sync_weights(self, model: torch.nn.Module | WeightStream, policy_step: int) -> None:
+        """Answers that are generated from here on come from the weights of ``model``, which is what
+        the engine's ``rollout_model`` gives: whole, or a stream where ``backend`` is ``vllm`` and
+        the weights are sharded. A collective call.
+        """
 
     def close(self) -> None:
         """Free what is held. Closing twice is fine."""

@@ -39,6 +39,7 @@ from qwenlong.llm import (
     TransientError,
 )
 from qwenlong.types import Turn
+from qwenlong.weight_stream import SPLIT_EXPERTS, WeightStream, split_experts
 
 HOW_TO_START = "start it as the docstring of qwenlong.rollout.vllm says"
 # A server takes these from the model's generation_config where a request does not say them.
@@ -198,7 +199,7 @@ class VllmRollouts:
 
     # --- weights --------------------------------------------------------------
 
-    def sync_weights(self, model: torch.nn.Module, policy_step: int) -> None:
+    def sync_weights(self, model: torch.nn.Module | WeightStream, policy_step: int) -> None:
         """Write the weights of ``model`` and have the server load them; collective over ranks.
 
         Raises:
@@ -206,9 +207,10 @@ class VllmRollouts:
             ServerUnavailable: no answer within the retries, or an update that broke off.
         """
         problem: Exception | None = None
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        if is_main or isinstance(model, WeightStream):  # a stream needs every rank
             try:
-                self._sync(model, policy_step)
+                self._sync(model, policy_step, is_main=is_main)
             except Exception as error:
                 problem = error
         if dist.is_initialized():
@@ -220,13 +222,17 @@ class VllmRollouts:
         if problem is not None:
             raise problem
 
-    def _sync(self, model: torch.nn.Module, policy_step: int) -> None:
+    def _sync(
+        self, model: torch.nn.Module | WeightStream, policy_step: int, *, is_main: bool
+    ) -> None:
         if self._folder is None:
             raise InputError("rollouts: pass weights_folder, from which the server reads weights.")
         older = self._file
         version = f"{self._session}-step-{policy_step}"
         path = (self._folder / f"policy-{version}.safetensors").absolute()
-        _write_weights(model, path, self._dtype)
+        _write_weights(model, path, self._dtype, is_main=is_main)
+        if not is_main:
+            return
         self._file = path
         if older is not None and older != path:
             older.unlink(missing_ok=True)
@@ -351,10 +357,31 @@ def _turn(prompt: list[int], answer: Completion, has_logprobs: bool) -> Turn:
     )
 
 
-def _write_weights(model: torch.nn.Module, path: Path, dtype: torch.dtype | None) -> None:
-    """One safetensors file with the names of transformers; a tied weight is written once."""
+def _write_weights(
+    model: torch.nn.Module | WeightStream,
+    path: Path,
+    dtype: torch.dtype | None,
+    *,
+    is_main: bool = True,
+) -> None:
+    """One safetensors file with the names that a checkpoint has; a tied weight is written once."""
+    partial = path.with_suffix(".partial")
+    try:
+        if isinstance(model, WeightStream):
+            model.save(path.parent, dtype or torch.float32, file=partial.name)
+        else:
+            _write_model(model, partial, dtype)
+        if is_main:
+            os.replace(partial, path)
+    finally:
+        if is_main:
+            partial.unlink(missing_ok=True)
+
+
+def _write_model(model: torch.nn.Module, path: Path, dtype: torch.dtype | None) -> None:
     from safetensors.torch import save_file
 
+    are_split = getattr(getattr(model, "config", None), "model_type", None) in SPLIT_EXPERTS
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if "lora_" in name or ".base_layer." in name:
@@ -367,11 +394,12 @@ def _write_weights(model: torch.nn.Module, path: Path, dtype: torch.dtype | None
             continue
         seen.add(key)
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        tensors[name] = tensor.detach().to("cpu", wanted).contiguous()
+        value = tensor.detach().to("cpu", wanted).contiguous()
+        split = split_experts(name, tuple(value.shape)) if are_split else None
+        if split is None:
+            tensors[name] = value
+        else:
+            parts = value.view(len(split.parts), *split.part_shape())
+            tensors.update((part, parts[i].clone()) for i, part in enumerate(split.parts))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(tensors, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_file(tensors, path)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from qwenlong.errors import InputError
 from qwenlong.metrics import METRICS_FILE, read_metrics
 from qwenlong.run_setup import build_run
+from qwenlong.tiny import tiny_tokenizer
 from qwenlong.train_command import run_stage
 from tests.qwenlong.train_runs import make_model, tiny_recipe
 
@@ -33,21 +37,62 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tiny"))
 
 
+def save_moe(folder: Path, **sizes) -> Path:
+    """A random Qwen3-MoE of four experts with untied embeddings, and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = Qwen3MoeConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "moe_intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 8192,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **sizes,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return save_moe(tmp_path_factory.mktemp("moe") / "model")
+
+
+def launch(module, *arguments, processes=0, **variables):
+    launcher = [sys.executable, "-m"]
+    if processes:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    done = subprocess.run(
+        [*launcher, f"tests.qwenlong.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
 def run_ranks(recipe, folder, processes, *, resume=False):
     """Weights, rollout weights and metrics of a run of ``engine_worker``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(recipe.model_dump_json())
     arguments = [folder / "recipe.json", folder / "run", folder / "result.pt"]
-    launcher = [sys.executable, "-m"]
-    if processes:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*launcher, "tests.qwenlong.engine_worker", *map(str, arguments)]
-    command += ["resume"] if resume else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
+    arguments += ["resume"] if resume else []
+    launch("engine_worker", *arguments, processes=processes)
     return torch.load(folder / "result.pt", weights_only=True)
 
 
@@ -99,11 +144,14 @@ def one_rank():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}])
-def test_fsdp2_saves_and_exports_what_one_process_does(model, tmp_path, one_rank, lora):
-    """Nothing is learnt in the first step: its checkpoint holds an optimizer without a state."""
+@pytest.mark.parametrize("kind, lora", [("tied", None), ("tied", {"rank": 2}), ("moe", None)])
+def test_fsdp2_saves_and_exports_what_one_process_does(kind, lora, request, tmp_path, one_rank):
+    """With the tied model nothing is learnt in the first step: its checkpoint holds an optimizer
+    without a state.
+    """
     if lora:
         pytest.importorskip("peft")
+    model = request.getfixturevalue({"tied": "model", "moe": "moe"}[kind])
     changes = {"model": {"lora": lora}, "optimizer": {"learning_rate": 1e-3}}
     console, halves = Console(file=io.StringIO()), tmp_path / "halves"
     sharded = tiny_recipe(model, steps=3, engine={"kind": "fsdp2"}, **changes)
@@ -115,12 +163,72 @@ def test_fsdp2_saves_and_exports_what_one_process_does(model, tmp_path, one_rank
                             (sharded, halves))
     ]  # fmt: skip
     learnt = [row["grad_norm"] > 0 for row in read_metrics(tmp_path / "one" / METRICS_FILE)]
-    assert learnt == [False, True, True]
+    assert learnt == [kind == "moe", True, True]
     expected, *found = (load_file(folder / "model.safetensors") for folder in exported)
     for weights in found:
         assert weights.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+    assert ("model.layers.1.mlp.experts.3.up_proj.weight" in expected) == (kind == "moe")
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_by_name(moe, tmp_path, one_rank):
+    folder = shutil.copytree(moe, tmp_path / "torn")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.experts.3.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lacks model.layers.1.mlp.experts.3.up_proj.weight"):
+        build_run(tiny_recipe(folder, engine={"kind": "fsdp2"}), tmp_path / "run")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"kind": "fsdp2"},
+        pytest.param({"kind": "deepspeed", "zero_stage": 3}, marks=needs_deepspeed),
+    ],
+)
+def test_a_mixture_of_experts_equals_one_process(moe, tmp_path, engine):
+    one = run_ranks(recipe_of(moe), tmp_path / "one", 0)
+    assert_equal_runs(run_ranks(recipe_of(moe, engine=engine), tmp_path / "two", 2), one)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"kind": "fsdp2"},
+        pytest.param({"kind": "deepspeed", "zero_stage": 3}, marks=needs_deepspeed),
+    ],
+)
+def test_no_process_holds_a_model_as_a_whole(moe, tmp_path, engine):
+    """On two: the peak of loading is a shard and the layers of a forward pass, that of writing a
+    tensor or two. The weights that come out are those that went in, in the layout of the files.
+    """
+    big = save_moe(
+        tmp_path / "big",
+        num_hidden_layers=24,
+        hidden_size=256,
+        moe_intermediate_size=256,
+        num_experts=8,
+        head_dim=64,
+    )
+    stored = load_file(big / "model.safetensors")
+    whole = sum(4 * t.numel() for t in stored.values()) / 2**20  # MiB in fp32
+    assert whole > 150
+    (tmp_path / "recipe.json").write_text(tiny_recipe(big, engine=engine).model_dump_json())
+    # glibc keeps freed memory of up to 32 MB a piece, which is no memory that is in use.
+    keeps_nothing = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    arguments = [tmp_path / "recipe.json", moe, big, tmp_path]
+    launch("load_worker", *arguments, processes=2, **keeps_nothing)
+    for rank in json.loads((tmp_path / "memory.json").read_text()):
+        assert 0.4 * whole < rank["load"] < 0.75 * whole
+        assert rank["stream"] < 0.2 * whole and rank["save"] < 0.2 * whole
+    for file in ("policy.safetensors", "saved/model.safetensors"):
+        found = load_file(tmp_path / file)
+        assert found.keys() == stored.keys()
+        assert all(torch.equal(found[name], value) for name, value in stored.items())
 
 
 @pytest.mark.real
