@@ -86,7 +86,7 @@ class WeightGradient:
         if self.total is not None:
             add_matmul(self.total, a, b)
         elif only and a.is_cuda and a.dtype == self.w.dtype == torch.bfloat16:
-            with _fp32_reductions():
+            with fp32_reductions():
                 self.total = a @ b
         else:
             self.total = matmul(a, b)
@@ -99,15 +99,18 @@ class WeightGradient:
 
 
 @contextmanager
-def _fp32_reductions():
+def fp32_reductions():
     """cuBLAS must not add the parts of a split sum in bf16, which it may by default."""
-    backend = torch.backends.cuda.matmul
-    before = backend.allow_bf16_reduced_precision_reduction
-    backend.allow_bf16_reduced_precision_reduction = False
+    backend, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    before, off = getattr(backend, name), False
+    if hasattr(backend, f"{name}_split_k"):  # a bool alone would turn it on
+        split_k = getattr(backend, f"{name}_split_k")
+        before, off = (before, split_k), (False, split_k)
+    setattr(backend, name, off)
     try:
         yield
     finally:
-        backend.allow_bf16_reduced_precision_reduction = before
+        setattr(backend, name, before)
 
 
 def row_chunks(T: int, w: torch.Tensor, chunk_tokens: int | None) -> list[slice]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qlkernels.linear_logprob import linear_logprob
+from qlkernels.linear_logprob.passes import WeightGradient, fp32_reductions
 from qlkernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_ref
 from qlkernels.policy_loss import policy_loss
 from qlkernels.testing import assert_as_accurate
@@ -196,6 +197,35 @@ def test_empty_batch(impl):
     )  # fmt: skip
     found, _ = run(linear_policy_loss, leaves, batch, old_logprobs=None, impl=impl)
     assert found["loss"] == 0 and (found["dlm_head_weight"] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_gradient_adds_up_in_fp32(dtype):
+    w = torch.zeros(2, 2, dtype=dtype)
+    assert WeightGradient(w).result().tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    total, row = WeightGradient(w), torch.tensor([[1.0, 0.0]], dtype=dtype)
+    total.add_product(torch.tensor([[256.0], [1.0]], dtype=dtype), row, only=False)
+    for _ in range(4):  # each lost in a bf16 sum of 256
+        total.add_product(torch.tensor([[0.5], [1.0]], dtype=dtype), row, only=False)
+    total.add(torch.ones_like(w))
+    assert total.total.dtype == torch.float32
+    assert total.total.tolist() == [[259.0, 1.0], [6.0, 1.0]]
+    assert total.result().dtype == dtype
+
+
+def test_cublas_settings_of_the_user_survive():
+    backend, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    names = [n for n in (name, f"{name}_split_k") if hasattr(backend, n)]
+    before = [getattr(backend, n) for n in names]
+    try:
+        for chosen in ((True, True), (False, True), (False, False)):
+            setattr(backend, name, chosen[: len(names)] if len(names) == 2 else chosen[0])
+            with pytest.raises(KeyError), fp32_reductions():
+                assert not getattr(backend, name)
+                raise KeyError
+            assert [getattr(backend, n) for n in names] == list(chosen[: len(names)])
+    finally:
+        setattr(backend, name, tuple(before) if len(names) == 2 else before[0])
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
