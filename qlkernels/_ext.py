@@ -167,5 +167,10 @@ def call(name: str, device: torch.device, *arguments):
     """
     if device.type == "cpu":
         return getattr(_C, f"{name}_cpu")(*arguments, torch.get_num_threads())
+    function = getattr(_C, f"{name}_cuda")
+    # torch.cuda.current_stream() makes an object of it, which takes longer than the launch
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if device.index == torch.cuda.current_device():
+        return function(*arguments, stream)
     with torch.cuda.device(device):
-        return getattr(_C, f"{name}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
+        return function(*arguments, stream)

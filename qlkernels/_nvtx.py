@@ -1,24 +1,31 @@
-"""NVTX ranges, so that a profile names our ops. Free where there is no CUDA device."""
-
-import contextlib
-from collections.abc import Iterator
+"""NVTX ranges, so that a profile names our ops. Free on the CPU."""
 
 import torch
 
 
-@contextlib.contextmanager
-def op_range(name: str, like: torch.Tensor | None = None) -> Iterator[None]:
+class op_range:
     """Mark the block as ``qlkernels::name`` in Nsight Systems, Nsight Compute and torch's profiler.
 
-    With ``like``, kernels of the block launch on that tensor's device, whatever the current one is.
+    Kernels of the block launch on the device of ``like``, whatever the current one is. A class, not
+    a generator: entered once an op, it is part of the time before the first kernel.
     """
-    if not torch.cuda.is_available():
-        yield
-        return
-    on_gpu = like is not None and like.is_cuda
-    with torch.cuda.device(like.device) if on_gpu else contextlib.nullcontext():
-        torch.cuda.nvtx.range_push(f"qlkernels::{name}")
-        try:
-            yield
-        finally:
-            torch.cuda.nvtx.range_pop()
+
+    __slots__ = ("_name", "_like", "_guard")
+
+    def __init__(self, name: str, like: torch.Tensor):
+        self._name, self._like, self._guard = name, like, None
+
+    def __enter__(self) -> None:
+        if not self._like.is_cuda:
+            return
+        if self._like.get_device() != torch.cuda.current_device():
+            self._guard = torch.cuda.device(self._like.device)
+            self._guard.__enter__()
+        torch.cuda.nvtx.range_push(f"qlkernels::{self._name}")
+
+    def __exit__(self, *error) -> None:
+        if not self._like.is_cuda:
+            return
+        torch.cuda.nvtx.range_pop()
+        if self._guard is not None:
+            self._guard.__exit__(*error)

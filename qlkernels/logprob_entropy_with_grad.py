@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from qlkernels import _checks, _ext
+from qlkernels._direct import is_watched
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._scores import TokenScores
@@ -41,8 +42,7 @@ def logprob_entropy_with_grad_ref(
 # --- custom op ---------------------------------------------------------------
 
 
-@torch.library.custom_op("qlkernels::logprob_entropy_with_grad", mutates_args={"dlogits"})
-def _op(
+def _run(
     dlogits: torch.Tensor,
     logits: torch.Tensor | None,
     target_ids: torch.Tensor,
@@ -69,6 +69,11 @@ def _op(
         scores = forward(*row, impl)
         backward(*row, scores, grads, impl, dlogits)
         return scores
+
+
+_op = torch.library.custom_op(
+    "qlkernels::logprob_entropy_with_grad", _run, mutates_args={"dlogits"}
+)
 
 
 @_op.register_fake
@@ -137,7 +142,7 @@ def logprob_entropy_with_grad(
     is_tensor = isinstance(temperature, torch.Tensor)
     x = logits.detach()
     out = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scores = torch.ops.qlkernels.logprob_entropy_with_grad(
+    arguments = (
         out,
         None if inplace else x,
         target_ids.contiguous(),
@@ -149,4 +154,9 @@ def logprob_entropy_with_grad(
         *(None if g is None else g.detach().float().contiguous() for g in grads.values()),
         chosen,
     )
+    if is_watched(*arguments):
+        scores = torch.ops.qlkernels.logprob_entropy_with_grad(*arguments)
+    else:
+        scores = _run(*arguments)
+        torch.autograd.graph.increment_version(out)
     return TokenScores(*scores), out

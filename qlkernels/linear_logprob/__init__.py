@@ -18,9 +18,12 @@ contribution to dX, accumulated in fp32.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from qlkernels import _checks, _ext, _rows
+from qlkernels._direct import direct_function, is_watched
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._scores import TokenScores
@@ -35,8 +38,7 @@ _COPIED_ROWS = 1 << 16  # live rows that are gathered at a time
 # --- custom ops and autograd -------------------------------------------------
 
 
-@torch.library.custom_op("qlkernels::linear_logprob", mutates_args=())
-def _op(
+def _run(
     hidden_states: torch.Tensor,
     lm_head_weight: torch.Tensor,
     target_ids: torch.Tensor,
@@ -69,6 +71,9 @@ def _op(
             for whole, part in zip(out, found, strict=True):
                 whole[rows] = part
         return out
+
+
+_op = torch.library.custom_op("qlkernels::linear_logprob", _run, mutates_args=())
 
 
 @_op.register_fake
@@ -171,10 +176,15 @@ def _autograd_backward(ctx, *grads):
         return (None,) * 13
     x, w, y, bias, temperatures, row_mask, *scores = ctx.saved_tensors
     arguments = (x, w, y, bias, temperatures, row_mask, scores, *grads, *ctx.options, *needs)
-    if ctx.main_grad is None:
-        dx, dw, db = torch.ops.qlkernels.linear_logprob_bwd(*arguments)
-    elif torch.is_grad_enabled():
+    if ctx.main_grad is not None and torch.is_grad_enabled():
         _refuse_double_backward(ctx)
+    # with gradients on, the op is there to refuse a second backward
+    if not (torch.is_grad_enabled() or is_watched(x, w, ctx.main_grad, *grads)):
+        dx, dw, db = _run_backward(*arguments, ctx.main_grad)
+        if ctx.main_grad is not None:
+            torch.autograd.graph.increment_version(ctx.main_grad)
+    elif ctx.main_grad is None:
+        dx, dw, db = torch.ops.qlkernels.linear_logprob_bwd(*arguments)
     else:
         dx, dw, db = torch.ops.qlkernels.linear_logprob_bwd_(*arguments, ctx.main_grad)
     dx, dw, db = (g if n else None for g, n in zip((dx, dw, db), needs, strict=True))
@@ -182,6 +192,7 @@ def _autograd_backward(ctx, *grads):
 
 
 _op.register_autograd(_autograd_backward, setup_context=_setup_context)
+_LinearLogprob = direct_function(OP, _run, _setup_context, _autograd_backward)
 
 
 def _refuse_double_backward(ctx, *_grads):
@@ -277,8 +288,8 @@ def linear_logprob(
     if main_grad is not None:
         _check_main_grad(main_grad, x, w, impl)
     blockers = {
-        "triton": why_not_triton(x),
-        "cpu": _ext.why_not_cpu(x),
+        "triton": partial(why_not_triton, x),
+        "cpu": partial(_ext.why_not_cpu, x),
         "torch": None,
         "reference": None,
     }
@@ -289,7 +300,7 @@ def linear_logprob(
             logit_scale=logit_scale, softcap=softcap, row_mask=row_mask,
         )  # fmt: skip
     is_tensor = isinstance(temperature, torch.Tensor)
-    scores = torch.ops.qlkernels.linear_logprob(
+    arguments = (
         x,
         w,
         target_ids.contiguous(),
@@ -304,6 +315,8 @@ def linear_logprob(
         chosen,
         main_grad,
     )
+    watched = is_watched(*arguments)
+    scores = (torch.ops.qlkernels.linear_logprob if watched else _LinearLogprob.apply)(*arguments)
     return TokenScores(*scores[:3])
 
 

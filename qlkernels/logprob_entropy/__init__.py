@@ -15,9 +15,12 @@ once. Rows whose upstream gradients are all exactly zero are written without bei
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from qlkernels import _checks, _ext
+from qlkernels._direct import direct_function, is_watched
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._scores import TokenScores
@@ -32,8 +35,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # --- custom ops and autograd -------------------------------------------------
 
 
-@torch.library.custom_op("qlkernels::logprob_entropy", mutates_args=())
-def _op(
+def _run(
     logits: torch.Tensor,
     target_ids: torch.Tensor,
     row_mask: torch.Tensor | None,
@@ -47,6 +49,9 @@ def _op(
     tau = temperature if temperatures is None else temperatures
     with op_range(OP, logits):
         return forward(logits, target_ids, row_mask, tau, softcap, logit_scale, impl)
+
+
+_op = torch.library.custom_op("qlkernels::logprob_entropy", _run, mutates_args=())
 
 
 @_op.register_fake
@@ -71,13 +76,16 @@ def _backward_into(out, logits, target_ids, row_mask, temperatures, temperature,
         )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "qlkernels::logprob_entropy_bwd", mutates_args=(), schema=f"(Tensor logits, {_SCHEMA}Tensor"
-)
-def _op_bwd(logits, *args):
+def _run_backward(logits, *args):
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _backward_into(dlogits, logits, *args)
     return dlogits
+
+
+_op_bwd = torch.library.custom_op(
+    "qlkernels::logprob_entropy_bwd", _run_backward, mutates_args=(),
+    schema=f"(Tensor logits, {_SCHEMA}Tensor",
+)  # fmt: skip
 
 
 @_op_bwd.register_fake
@@ -109,15 +117,24 @@ def _autograd_backward(ctx, *grads):
     arguments = (
         target_ids, row_mask, temperatures, temperature, softcap, logit_scale, *scores, *grads, impl
     )  # fmt: skip
+    # with gradients on, the op is there to refuse a second backward
+    direct = not (torch.is_grad_enabled() or is_watched(logits, *grads))
     if inplace:
         dlogits = logits.detach()
-        torch.ops.qlkernels.logprob_entropy_bwd_(dlogits, *arguments)
+        if direct:
+            _backward_into(dlogits, dlogits, *arguments)
+            torch.autograd.graph.increment_version(dlogits)
+        else:
+            torch.ops.qlkernels.logprob_entropy_bwd_(dlogits, *arguments)
+    elif direct:
+        dlogits = _run_backward(logits, *arguments)
     else:
         dlogits = torch.ops.qlkernels.logprob_entropy_bwd(logits, *arguments)
     return (dlogits,) + (None,) * 8
 
 
 _op.register_autograd(_autograd_backward, setup_context=_setup_context)
+_LogprobEntropy = direct_function(OP, _run, _setup_context, _autograd_backward)
 
 
 def _refuse_double_backward(ctx, *_grads):
@@ -153,13 +170,14 @@ def check_arguments(
     return sizes
 
 
-def blockers_of(logits: torch.Tensor) -> dict[str, str | None]:
-    """Why each implementation cannot run on ``logits``, or None; the fastest is first."""
-    cuda, triton_ = _ext.why_not_cuda(logits), why_not_triton(logits)
-    found = {"cuda": cuda, "triton": triton_}
-    if not (logits.is_cuda and compute_capability(logits.device.index or 0) == 90):
-        found = {"triton": triton_, "cuda": cuda}  # only sm_90 has the kernels that copy in bulk
-    return found | {"cpu": _ext.why_not_cpu(logits), "torch": None, "reference": None}
+def blockers_of(logits: torch.Tensor) -> dict:
+    """For ``pick_impl``: why each implementation cannot run on ``logits``; the fastest is first."""
+    cuda, triton_ = partial(_ext.why_not_cuda, logits), partial(why_not_triton, logits)
+    others = {"cpu": partial(_ext.why_not_cpu, logits), "torch": None, "reference": None}
+    # only sm_90 has the kernels that copy in bulk
+    if logits.is_cuda and compute_capability(logits.device.index or 0) == 90:
+        return {"cuda": cuda, "triton": triton_, **others}
+    return {"triton": triton_, "cuda": cuda, **others}
 
 
 # --- public ------------------------------------------------------------------
@@ -219,19 +237,20 @@ def logprob_entropy(
     if chosen == "reference":
         options = dict(temperature=temperature, row_mask=row_mask, softcap=softcap)
         return logprob_entropy_ref(logits, target_ids, logit_scale=logit_scale, **options)
-    return TokenScores(
-        *torch.ops.qlkernels.logprob_entropy(
-            logits,
-            target_ids.contiguous(),
-            None if row_mask is None else row_mask.contiguous(),
-            temperature.float().contiguous() if is_tensor else None,
-            1.0 if is_tensor else float(temperature),
-            softcap,
-            float(logit_scale),
-            inplace_backward,
-            chosen,
-        )
+    arguments = (
+        logits,
+        target_ids.contiguous(),
+        None if row_mask is None else row_mask.contiguous(),
+        temperature.float().contiguous() if is_tensor else None,
+        1.0 if is_tensor else float(temperature),
+        softcap,
+        float(logit_scale),
+        inplace_backward,
+        chosen,
     )
+    watched = is_watched(*arguments)
+    call = torch.ops.qlkernels.logprob_entropy if watched else _LogprobEntropy.apply
+    return TokenScores(*call(*arguments))
 
 
 def token_entropy(

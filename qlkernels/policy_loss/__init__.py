@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from qlkernels import _checks
+from qlkernels._direct import direct_function, is_watched
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._target import why_not_triton
@@ -106,8 +107,7 @@ _ROWS = (
 # --- custom ops and autograd -------------------------------------------------
 
 
-@torch.library.custom_op("qlkernels::policy_loss", mutates_args=())
-def _op(
+def _run(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor | None,
     advantages: torch.Tensor,
@@ -143,6 +143,9 @@ def _op(
         return implementation.forward(rows, cu_seqlens, count, options)
 
 
+_op = torch.library.custom_op("qlkernels::policy_loss", _run, mutates_args=())
+
+
 @_op.register_fake
 def _(logprobs, *args):
     B = args[8].shape[0] - 1
@@ -150,8 +153,7 @@ def _(logprobs, *args):
     return new(()), new(16), torch.empty_like(logprobs), new(2 * B + 1)
 
 
-@torch.library.custom_op("qlkernels::policy_loss_bwd", mutates_args=())
-def _op_bwd(
+def _run_backward(
     dloss: torch.Tensor,
     coef: torch.Tensor,
     g: torch.Tensor,
@@ -179,6 +181,9 @@ def _op_bwd(
     return dlogprobs, g.new_zeros(0) if dentropy is None else dentropy
 
 
+_op_bwd = torch.library.custom_op("qlkernels::policy_loss_bwd", _run_backward, mutates_args=())
+
+
 @_op_bwd.register_fake
 def _(dloss, coef, g, *args):
     return torch.empty_like(g), torch.empty_like(g) if args[-2] else g.new_empty(0)
@@ -197,13 +202,15 @@ def _autograd_backward(ctx, dloss, *_others):
         return none
     *options, impl = ctx.options
     needs_dentropy = ctx.needs_input_grad[7]
-    dlogprobs, dentropy = torch.ops.qlkernels.policy_loss_bwd(
-        dloss, *ctx.saved_tensors, *options, needs_dentropy, impl
-    )
+    # with gradients on, the op is there to refuse a second backward
+    watched = torch.is_grad_enabled() or is_watched(dloss, *ctx.saved_tensors)
+    run = torch.ops.qlkernels.policy_loss_bwd if watched else _run_backward
+    dlogprobs, dentropy = run(dloss, *ctx.saved_tensors, *options, needs_dentropy, impl)
     return dlogprobs, *none[1:7], dentropy if needs_dentropy else None, *none[8:]
 
 
 _op.register_autograd(_autograd_backward, setup_context=_setup_context)
+_PolicyLoss = direct_function(OP, _run, _setup_context, _autograd_backward)
 
 
 def _refuse_double_backward(ctx, *_grads):
@@ -370,10 +377,11 @@ def policy_loss(
         kl_estimator=kl_estimator,
         rule=rule,
     )
-    loss, metrics, *_ = torch.ops.qlkernels.policy_loss(
-        *tensors.values(), weights, cu_seqlens, count if rule != "weights" else None,
-        *options.packed(), chosen,
-    )  # fmt: skip
+    count = count if rule != "weights" else None
+    inputs = (*tensors.values(), weights, cu_seqlens, count, *options.packed(), chosen)
+    watched = is_watched(*inputs)
+    call = torch.ops.qlkernels.policy_loss if watched else _PolicyLoss.apply
+    loss, metrics, *_ = call(*inputs)
     values = metrics.detach().unbind()
     by_name = {name: values[column] for name, column in METRIC_COLUMNS.items()}
     return PolicyLoss(loss, PolicyLossMetrics(**by_name))

@@ -1,0 +1,49 @@
+"""Running an op's Python without the dispatch of its custom op, where nobody would notice.
+
+torch.library costs a call tens of microseconds, and more with its autograd: as long as the kernels
+of a few thousand rows take. The dispatch serves those who trace an op or watch it; for all others
+an autograd.Function around the same Python gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_watched(*inputs: object) -> bool:
+    """Whether the call must be seen as one op: by torch.compile or FX, by a dispatch mode (fake
+    tensors, selective checkpointing, FLOP counters), by torch.func or by a tensor subclass.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and type(x) not in _PLAIN:
+            return True
+    return False
+
+
+def direct_function(
+    name: str, run: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    """The ``autograd.Function`` of a custom op, from what the op was registered with.
+
+    Args:
+        name: of the op, as profilers show it.
+        run: the op's Python, from its inputs to its outputs.
+        setup_context, backward: as ``register_autograd`` takes them.
+    """
+
+    def forward(ctx, *inputs):
+        output = run(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    base = torch.autograd.Function
+    return type(base)(f"qlkernels::{name}", (base,), methods)
