@@ -19,6 +19,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import sys
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -203,6 +205,51 @@ def _is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _function_context(direction: str) -> torch.autograd.function.BackwardCFunction | None:
+    """The context of the ``autograd.Function`` inside whose ``direction`` (``"forward"`` or
+    ``"backward"``) this call runs, as a layer does under reentrant checkpointing.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == direction and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.BackwardCFunction):
+                return first
+        frame = frame.f_back
+    return None
+
+
+class _Recomputation:
+    """Passes of a replay that a backward will compute again, and has not.
+
+    A layer that runs inside the forward of an ``autograd.Function`` leaves no graph of its own: the
+    backward of that function has to run it once more. Nothing compares the two runs.
+    """
+
+    def __init__(self) -> None:
+        self._pending: weakref.WeakSet = weakref.WeakSet()  # a dropped graph is not computed again
+
+    def note(self) -> None:
+        """A replayed router ran."""
+        if torch.compiler.is_compiling():
+            return
+        is_again = _is_in_backward()
+        if torch.is_grad_enabled() and not is_again:
+            return  # it has a graph of its own
+        context = _function_context("backward" if is_again else "forward")
+        if context is not None:
+            (self._pending.discard if is_again else self._pending.add)(context)
+
+    def check(self) -> None:
+        if self._pending:
+            raise RuntimeError(
+                "replay_routing: the block ends before the backward that computes the layers of "
+                f"{len(self._pending)} checkpoints again, which would then choose experts of their "
+                "own; call backward() inside the block"
+            )
+
+
 @contextlib.contextmanager
 def record_routing(model: torch.nn.Module) -> Iterator[RoutingRecorder]:
     """Record the experts that ``model`` chooses inside the block; nothing synchronises.
@@ -237,7 +284,10 @@ def replay_routing(model: torch.nn.Module, record: RoutingRecord) -> Iterator[No
 
     Every pass inside the block routes the tokens of ``record``, all of them and in its order; for a
     micro-batch use ``record.rows(...)`` and a block of its own. Under gradient checkpointing the
-    backward must run inside the block too.
+    backward must run inside the block too, once. Else, with ``use_reentrant=True``, the end of the
+    block raises; with ``use_reentrant=False`` the backward does, torch's ``CheckpointError``: it
+    counts the tensors that a layer saves, and replaying saves more of them. That count is torch's
+    only check, so it misses a layer whose router logits require no gradient.
 
     Args:
         model: of transformers, with softmax routers (``NORMALISES`` names them).
@@ -245,6 +295,8 @@ def replay_routing(model: torch.nn.Module, record: RoutingRecord) -> Iterator[No
 
     Raises:
         ValueError: model and record do not fit; in a pass, another number of tokens.
+        RuntimeError: at the end of the block, a reentrant checkpoint inside it waits for its
+            backward.
     """
     routers = _routers(model)
     some = next(iter(routers.values()))
@@ -255,7 +307,10 @@ def replay_routing(model: torch.nn.Module, record: RoutingRecord) -> Iterator[No
             f"replay_routing: the model has (layers, experts, top_k) = {wanted}, the record {found}"
         )
 
+    recomputation = _Recomputation()
+
     def hook(layer, module, _args, output):
+        recomputation.note()
         logits, weights, ids = output
         if logits.shape[0] != record.num_tokens:
             raise ValueError(
@@ -273,6 +328,7 @@ def replay_routing(model: torch.nn.Module, record: RoutingRecord) -> Iterator[No
 
     with _hooks(routers, hook):
         yield
+    recomputation.check()
 
 
 @contextlib.contextmanager

@@ -163,6 +163,58 @@ def test_gradient_checkpointing_records_once_and_replays_again():
     assert recorder.record().num_tokens == ids.numel()
 
 
+def checkpointed_model(reentrant):
+    """Its record, the gradients of a replayed pass, and the model, to be trained."""
+    model, ids = tiny_model(), tokens()
+    record = record_of(model, ids)
+    perturbed(model)
+    with replay_routing(model, record):
+        want = gradients(model, ids)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()  # a reentrant checkpoint of other inputs has no gradient
+    model.zero_grad()
+    return model, ids, record, want
+
+
+def test_reentrant_checkpointing_replays_again_inside_the_block():
+    model, ids, record, want = checkpointed_model(True)
+    with replay_routing(model, record):
+        loss = loss_of(model, ids)
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[name], atol=1e-5, rtol=1e-5)
+
+
+def test_a_reentrant_checkpoint_that_outlives_the_block_is_refused():
+    model, ids, record, _ = checkpointed_model(True)
+    with pytest.raises(RuntimeError, match="before the backward .* 3 checkpoints again"):
+        with replay_routing(model, record):
+            loss = loss_of(model, ids)
+    assert loss.requires_grad
+    with pytest.raises(ValueError, match="of the caller"), replay_routing(model, record):
+        loss = loss_of(model, ids)
+        raise ValueError("of the caller")
+
+
+def test_checkpoints_without_a_backward_to_come_are_no_error():
+    model, ids, record, _ = checkpointed_model(True)
+    with replay_routing(model, record), torch.no_grad():
+        scored = loss_of(model, ids)
+    with replay_routing(model, record):
+        dropped = loss_of(model, ids).item()
+    assert dropped == scored.item()
+
+
+def test_torch_refuses_another_checkpoint_whose_backward_is_outside():
+    model, ids, record, _ = checkpointed_model(False)
+    with replay_routing(model, record):
+        loss = loss_of(model, ids)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different number of tensors"):
+        loss.backward()
+
+
 @torch.no_grad()
 def test_prefill_and_decode_follow_each_other():
     model, ids = tiny_model(), tokens(1, 9)
