@@ -1,0 +1,138 @@
+"""verl's fused log-probabilities and entropies, computed by our op. Nothing changes before
+``patch_verl``.
+
+The forward that verl gives a model with ``use_fused_kernels=True`` scores tokens with a
+``FusedLinearForPPO``, looked up by name at every call, of the backend that
+``fused_kernel_options.impl_backend`` names. ``patch_verl`` adds the backend ``qwenlong``; verl's
+own backends stay what they are.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import torch
+
+from qlkernels import linear_logprob
+
+BACKEND = "qwenlong"
+WORKS_WITH = ((0, 9, 1), (0, 10))  # from, and below
+_RANGE = "verl>=0.9.1,<0.10"
+
+_originals: list[tuple[ModuleType, str, object]] = []  # while patched
+_depth = 0
+
+
+def require_verl() -> None:
+    """Check that verl is here, in a version that works.
+
+    Raises:
+        ImportError: there is no verl, or it is another version; names the range.
+    """
+    try:
+        found = version("verl")
+    except PackageNotFoundError:
+        raise ImportError(f"verl is not installed; run: pip install '{_RANGE}'") from None
+    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    if not WORKS_WITH[0] <= numbers < WORKS_WITH[1]:
+        raise ImportError(
+            f"verl {found} is installed, and this integration works with {_RANGE}: it builds on "
+            f"methods that verl may change; run: pip install '{_RANGE}'"
+        )
+
+
+class VerlPatch:
+    """What ``patch_verl`` returns: ``undo()``, or leave the ``with`` block."""
+
+    def __init__(self) -> None:
+        self._is_on = True
+
+    def undo(self) -> None:
+        """Give verl its own functions back, once every patch is undone. Twice does no harm.
+
+        A model that was given the backend keeps its name, which verl then refuses.
+        """
+        global _depth
+        if not self._is_on:
+            return
+        self._is_on = False
+        _depth -= 1
+        if _depth == 0:
+            for module, name, original in _originals:
+                setattr(module, name, original)
+            _originals.clear()
+
+    def __enter__(self) -> VerlPatch:
+        return self
+
+    def __exit__(self, *_error) -> None:
+        self.undo()
+
+
+def patch_verl() -> VerlPatch:
+    """Make ``impl_backend: qwenlong`` a backend of verl's fused kernels, in this process.
+
+    verl's workers are processes of their own: there it is one key of the configuration,
+    ``actor_rollout_ref.model.external_lib: qwenlong.integrations.verl_external``. For verl's FSDP
+    engines; Megatron's fused forward has no such place.
+
+    Returns:
+        A handle with ``undo()``; patches may be nested.
+
+    Raises:
+        ImportError: verl is missing, or is a version other than those that work.
+    """
+    global _depth
+    require_verl()
+    from verl.models.transformers import monkey_patch
+    from verl.utils.experimental import torch_functional
+
+    if _depth == 0:
+        forwards, head = (
+            monkey_patch.patch_forward_with_backends,
+            torch_functional.FusedLinearForPPO,
+        )
+        for module, name, ours in (
+            (monkey_patch, "patch_forward_with_backends", _forwards_with_ours(forwards)),
+            (torch_functional, "FusedLinearForPPO", _head_with_ours(head)),
+        ):
+            _originals.append((module, name, getattr(module, name)))
+            setattr(module, name, ours)
+    _depth += 1
+    return VerlPatch()
+
+
+def _forwards_with_ours(original):
+    def patch_forward_with_backends(model, use_fused_kernels=False, fused_kernels_backend=None):
+        if not use_fused_kernels or fused_kernels_backend != BACKEND:
+            original(model, use_fused_kernels, fused_kernels_backend)
+            return
+        # the forward of the backend "torch" reads the head's backend from the model
+        original(model, True, "torch")
+        model._verl_fused_kernels_backend = BACKEND
+
+    return patch_forward_with_backends
+
+
+def _head_with_ours(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    class FusedLinearForPPO(original):
+        def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+            super().__init__(chunk_size, "torch" if impl_backend == BACKEND else impl_backend)
+            self.impl_backend = impl_backend
+
+        def forward(
+            self,
+            hidden_states: torch.Tensor,  # [T, H] or [B, S, H]
+            vocab_weights: torch.Tensor,  # [V, H]
+            input_ids: torch.Tensor,  # [T] or [B, S], already shifted
+            temperature: float = 1.0,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.impl_backend != BACKEND:
+                return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+            scores = linear_logprob(
+                hidden_states, vocab_weights, input_ids.long(), temperature=temperature
+            )
+            return scores.logprobs, scores.entropy
+
+    return FusedLinearForPPO
