@@ -4,7 +4,7 @@
 # make train-demo   a small real model learns to find facts in real text; about 15 minutes
 # Everything is installed into .venv. PYTHON names another Python 3.10 or later.
 
-.PHONY: demo test test-real synth-demo train-demo bench-gpu bench-long-context gpu-check lint env-demo env-synth-demo env-train-demo env-test
+.PHONY: demo test test-real test-verl synth-demo train-demo bench-gpu bench-long-context gpu-check lint env-demo env-synth-demo env-train-demo env-test
 PY := .venv/bin/python
 
 demo: env-demo
@@ -20,6 +20,11 @@ test: env-test lint
 # Needs minutes and memory: a real model, servers, long documents.
 test-real: env-test
 	$(PY) -m pytest -q -m real
+
+# Inside verl's own trainer on the CPU, in an environment of its own (.venv-verl, 2 GB).
+test-verl:
+	@PYTHON="$(PYTHON)" scripts/verl_env.sh .venv-verl
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -q tests/qwenlong/integrations/test_verl*.py
 
 lint: env-test
 	$(PY) -m ruff check .
