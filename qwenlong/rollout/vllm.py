@@ -17,12 +17,14 @@ again, and answers that were written across the change are thrown away and asked
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -105,6 +107,7 @@ class VllmRollouts:
         self._session = uuid.uuid4().hex[:8]  # versions of two trainers must not be alike
         self._version: str | None = None  # of the weights that were sent last
         self._file: Path | None = None
+        self._lock: IO[str] | None = None  # held while the files of this session are in use
         self._is_processed: bool | None = None  # whether its log-probs are of the scaled logits
 
     # --- answers --------------------------------------------------------------
@@ -228,6 +231,8 @@ class VllmRollouts:
         if self._folder is None:
             raise InputError("rollouts: pass weights_folder, from which the server reads weights.")
         older = self._file
+        if is_main and self._lock is None:
+            self._lock = _claim(self._folder, self._session)
         version = f"{self._session}-step-{policy_step}"
         path = (self._folder / f"policy-{version}.safetensors").absolute()
         _write_weights(model, path, self._dtype, is_main=is_main)
@@ -244,7 +249,7 @@ class VllmRollouts:
             self._post("/init_weight_transfer_engine", {"init_info": {}})
             # From here on a failure leaves a mixture of old and new weights: nothing is repeated.
             try:
-                self._post("/start_weight_update", once=True)
+                self._start_update()
                 self._post("/update_weights", {"update_info": {"path": str(path)}}, once=True)
                 self._post("/finish_weight_update", {"weight_version": version}, once=True)
             except LLMError as error:
@@ -254,6 +259,17 @@ class VllmRollouts:
                 ) from error
             # Keys and values of the old weights must not answer for the new ones.
             self._post("/reset_prefix_cache")
+
+    def _start_update(self) -> None:
+        try:
+            self._post("/start_weight_update", once=True)
+        except ServerUnavailable as error:
+            if "already active" not in str(error):
+                raise
+            # A trainer that was killed left an update open. It ends with the weights that it has;
+            # all of them come again.
+            self._post("/finish_weight_update", {"weight_version": "interrupted"}, once=True)
+            self._post("/start_weight_update", once=True)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -331,6 +347,27 @@ class VllmRollouts:
         if self._file is not None:
             self._file.unlink(missing_ok=True)
             self._file = None
+        if self._lock is not None:
+            Path(self._lock.name).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def _claim(folder: Path, session: str) -> IO[str]:
+    """Delete the weights of trainers that were killed, whose locks are free; take a lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("policy-*.lock"):
+        with open(path, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            for left in folder.glob(f"{path.stem}-step-*"):
+                left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    lock = open(folder / f"policy-{session}.lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def _seed(*parts: int) -> int:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import fcntl
+
 import pytest
 import torch
 from torch import nn
@@ -158,10 +160,31 @@ def test_new_weights_answer(server, rollouts, tmp_path):
     assert server.paths()[:7] == wanted
     rollouts.sync_weights(Policy(0.5), 4)
     assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.5)
-    (left,) = (tmp_path / "weights").iterdir()  # of the last step alone
+    (left,) = (tmp_path / "weights").glob("*.safetensors")  # of the last step alone
     assert left.name.endswith("step-4.safetensors")
     rollouts.close()
     assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_weights_of_a_killed_trainer_are_deleted(server, rollouts, tmp_path):
+    """Those of one that lives are not: it holds its lock."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for name in ("dead-step-7.safetensors", "dead-step-8.partial", "dead.lock", "live-step-1.x"):
+        (folder / f"policy-{name}").touch()
+    with open(folder / "policy-live.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rollouts.sync_weights(Policy(0.25), 1)
+    rollouts.close()
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["policy-live-step-1.x", "policy-live.lock"]
+
+
+def test_an_update_that_a_killed_trainer_left_open_is_ended(server, rollouts):
+    server.is_updating = True
+    rollouts.sync_weights(Policy(0.25), 1)
+    assert ids(rollouts.generate(PROMPTS, **OPTIONS)) == expected(0.25)
+    assert server.paths().count("/start_weight_update") == 2 and not server.paused
 
 
 def test_weights_in_another_dtype(server, tmp_path):

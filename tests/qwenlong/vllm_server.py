@@ -27,6 +27,7 @@ class FakeVllm:
         self.weight = 0.0  # the first number of the weight "w"
         self.loaded: dict = {}
         self.paused = False
+        self.is_updating = False
         self.lock = threading.Lock()
         self.stop = threading.Event()
 
@@ -34,7 +35,7 @@ class FakeVllm:
         return [path for path, _ in self.requests]
 
     def restart(self) -> None:
-        self.version, self.weight, self.paused = None, 0.0, False
+        self.version, self.weight, self.paused, self.is_updating = None, 0.0, False, False
 
 
 def answer_ids(body: dict, weight: float) -> list[int]:
@@ -102,11 +103,19 @@ def _handler(server: FakeVllm) -> type[BaseHTTPRequestHandler]:
                 server.paused = True
             elif path == "/resume":
                 server.paused = False
+            elif path == "/start_weight_update":
+                if server.is_updating:
+                    message = "start_weight_update called while a weight update is already active."
+                    return self.send({"error": {"message": message}}, 500)
+                server.is_updating = True
             elif path == "/update_weights":
-                assert server.paused
+                assert server.paused and server.is_updating
                 server.loaded = load_file(body["update_info"]["path"])
             elif path == "/finish_weight_update":
-                server.weight = float(server.loaded["w"].flatten()[0])
+                assert server.is_updating
+                server.is_updating = False
+                if server.loaded:
+                    server.weight = float(server.loaded["w"].flatten()[0])
                 server.version = body["weight_version"]
             elif path == "/reset_prefix_cache":
                 return self.send(None)
