@@ -27,7 +27,7 @@ from qlkernels._target import compute_capability, is_interpreting
 
 # the package rebinds the names of these modules to their functions
 linear_kernels = sys.modules["qlkernels.linear_logprob.kernels"]
-linear_policy_module = sys.modules["qlkernels.linear_policy_loss"]
+linear_policy_kernels = sys.modules["qlkernels.linear_policy_loss.kernels"]
 logprob_kernels = sys.modules["qlkernels.logprob_entropy.kernels"]
 
 GEMM = [  # BLOCK_T, BLOCK_V, BLOCK_H, GROUP_T, num_warps, num_stages
@@ -103,7 +103,7 @@ def target(name: str, tokens: int, hidden: int, vocab: int, device: str, dtype: 
                 x, w, y, None, upstream, mask, cu_seqlens=cu_seqlens, impl="triton"
             ).scores
 
-        return linear_policy_module._EXP_CONFIG, key, GEMM, one_pass
+        return linear_policy_kernels.EXP_CONFIG, key, GEMM, one_pass
     raise typer.BadParameter(f"unknown kernel {name!r}; choose from {', '.join(NAMES)}")
 
 

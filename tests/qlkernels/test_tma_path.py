@@ -4,8 +4,6 @@ On a card the operands decide which path runs; here it is forced, with tiles of 
 size, on shapes where every tile is ragged and where the two paths' tiles differ.
 """
 
-import sys
-
 import pytest
 import torch
 
@@ -16,9 +14,10 @@ from qlkernels.linear_logprob.kernels import (
     DLOGITS_EXTRA_CONFIG,
     FOLD_CONFIG,
 )
+from qlkernels.linear_policy_loss import passes as policy_passes
+from qlkernels.linear_policy_loss.kernels import EXP_CONFIG
 from qlkernels.testing import outputs_and_grads
 
-policy_module = sys.modules["qlkernels.linear_policy_loss"]
 TILE = (16, 16, 16, 2, 1, 2)  # the interpreter's pointer tiles are 16 x 32 x 16
 KEY = ("tma-sm90", 4)
 
@@ -29,7 +28,7 @@ def through_descriptors(monkeypatch):
         FOLD_CONFIG,
         DLOGITS_CONFIG,
         DLOGITS_EXTRA_CONFIG,
-        policy_module._EXP_CONFIG,
+        EXP_CONFIG,
     ):
         monkeypatch.setitem(table, KEY, TILE)
     launched, options = [], passes.launch_options
@@ -38,7 +37,7 @@ def through_descriptors(monkeypatch):
         launched.append(use_tma)
         return options(table, x, w, use_tma)
 
-    for module in (passes, policy_module):
+    for module in (passes, policy_passes):
         monkeypatch.setattr(module, "uses_tma", lambda *_: True)
         monkeypatch.setattr(module, "launch_options", watch)
     yield launched
