@@ -20,6 +20,7 @@ from qwenlong.errors import InputError
 from qwenlong.storage import atomic_write, read_jsonl, write_json
 from qwenlong.types import Sample, Split
 
+_REASONS = 50  # of one route in the summary: a reason may quote what a model wrote
 SPREAD_DOCUMENTS = 3  # a multi-hop sample is spread from this many evidence documents apart
 
 
@@ -58,6 +59,7 @@ def export(
         "tokenizer": recipe.tokenizer,
         "documents": _document_counts(stages, len(written)),
         **counts.summary(),
+        "dropped": _dropped_counts(stages),
     }
     write_json(out / "summary.json", summary)
     return summary
@@ -78,6 +80,22 @@ def _document_counts(stages: dict[str, Stage], in_samples: int) -> dict[str, Any
         "contaminated": contaminated,
         "in_samples": in_samples,
     }
+
+
+def _dropped_counts(stages: dict[str, Stage]) -> dict[str, dict[str, int]]:
+    """By route, and for the extraction: what came to nothing before it was a sample, by reason."""
+    found: dict[str, Counter[str]] = {}
+    for name in ("extract", "compose"):
+        for part in sorted(stages[name].folder.glob("part-*.dropped.jsonl")):
+            for row in read_jsonl(part):
+                found.setdefault(row["by"], Counter())[row["reason"]] += row["count"]
+    summary = {}
+    for by, reasons in sorted(found.items()):
+        ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+        summary[by] = dict(ordered[:_REASONS])
+        if len(ordered) > _REASONS:
+            summary[by]["other reasons"] = sum(n for _, n in ordered[_REASONS:])
+    return summary
 
 
 class _Counts:

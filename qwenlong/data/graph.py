@@ -10,6 +10,7 @@ holds the documents that state the facts, the characters where they do, and the 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def multihop_samples(
     extracted: Iterable[Triple] = (),
     client: Client | None = None,
     max_tokens: int = 2048,
+    dropped: Counter[str] | None = None,
 ) -> Iterator[Sample]:
     """Multi-hop questions, deterministic in ``documents`` and ``seed``.
 
@@ -80,6 +82,7 @@ def multihop_samples(
             documents out.
         max_tokens: of a reply. With that of the readings that gave ``extracted``, the client's
             cache answers for documents that were read there.
+        dropped: counts what the client's readings lost, by reason.
 
     Yields:
         Samples of task ``multihop_qa`` with subtype ``multi_fact``, ``temporal``, ``causal`` or
@@ -95,7 +98,8 @@ def multihop_samples(
         from qwenlong.data.extract import Reader, model_triples
 
         unread = [d for d in documents if "triples" not in d.meta and d.kind in PROSE_KINDS]
-        extracted += model_triples(Reader(client, max_tokens=max_tokens), unread)
+        reader = Reader(client, max_tokens=max_tokens, dropped=dropped)
+        extracted += model_triples(reader, unread)
     for triple in extracted:
         if triple.doc not in by_id or triple.end > len(by_id[triple.doc].text):
             raise ValueError(

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ from qwenlong.data.workspace import Stage, Workers, key_of
 from qwenlong.storage import atomic_write, lock_folder, read_jsonl, write_json, write_jsonl
 from qwenlong.types import Sample
 
-FORMAT = 2  # raise it when a stage writes something else for the same recipe
+FORMAT = 3  # raise it when a stage writes something else for the same recipe
 STAGES = ("collect", "extract", "compose", "extend", "verify", "decontaminate")
 SAMPLES_PER_JOB = 16
 SPLITS = ("train", "eval")
@@ -273,6 +274,7 @@ def _extract_part(job: tuple[Run, int, int, int]) -> None:
     store, contamination = open_store(run), _contamination(run)
     config = run.recipe.extract
     client = _client(run) if config.triples else None  # here: threads would open several
+    losses: list[Counter[str]] = []
 
     def facts(number: int) -> dict[str, Any]:
         row = store.row(number)
@@ -284,7 +286,9 @@ def _extract_part(job: tuple[Run, int, int, int]) -> None:
             from qwenlong.data.extract import Reader, model_triples
 
             max_tokens = run.recipe.model.max_tokens
-            reader = Reader(client, samples=config.samples, max_tokens=max_tokens)
+            lost = Counter()
+            losses.append(lost)  # one a thread
+            reader = Reader(client, samples=config.samples, max_tokens=max_tokens, dropped=lost)
             extracted = [list(t) for t in model_triples(reader, [store.document(number)])]
         return {
             "number": number,
@@ -298,6 +302,7 @@ def _extract_part(job: tuple[Run, int, int, int]) -> None:
 
     with ThreadPoolExecutor(run.recipe.model.concurrency if config.triples else 1) as pool:
         rows = list(pool.map(facts, range(start, stop)))
+    _write_dropped(run.folder("extract"), part, "extract", sum(losses, Counter()))
     write_jsonl(run.folder("extract") / f"{part_name(part)}.jsonl", rows)
 
 
@@ -309,6 +314,7 @@ def _extracted(run: Run, numbers: np.ndarray) -> list[Triple]:
     return [
         Triple(*triple)
         for path in sorted(run.folder("extract").glob("part-*.jsonl"))
+        if "." not in path.stem
         for row in read_jsonl(path)
         if row["number"] in wanted
         for triple in row["extracted"] or ()
@@ -364,6 +370,7 @@ def _compose_part(job: tuple[Run, int, int, int, int, int]) -> None:
     documents = [store.document(number) for number in numbers]
     seed = int(key_of(recipe.seed, route.route, start)[:8], 16)
     texts: dict[str, str] = {}
+    dropped: Counter[str] = Counter()
     found = route_samples(
         route,
         documents,
@@ -372,6 +379,7 @@ def _compose_part(job: tuple[Run, int, int, int, int, int]) -> None:
         client=_client(run),
         max_tokens=recipe.model.max_tokens if recipe.model else None,
         extracted=_extracted(run, numbers),
+        dropped=dropped,
     )
     group = {"group": [int(numbers[0]), int(numbers[-1])]}
     samples = [
@@ -380,7 +388,14 @@ def _compose_part(job: tuple[Run, int, int, int, int, int]) -> None:
     ]
     rows = ({"sha256": sha, "text": text} for sha, text in texts.items())
     write_jsonl(folder / f"{part_name(part)}.texts.jsonl", rows)
+    _write_dropped(folder, part, route.route, dropped)
     write_jsonl(folder / f"{part_name(part)}.jsonl", (s.to_json() for s in samples))
+
+
+def _write_dropped(folder: Path, part: int, by: str, dropped: Counter[str]) -> None:
+    """What ``by`` (a route, or the extraction) lost in a part, for the summary."""
+    rows = ({"by": by, "reason": reason, "count": n} for reason, n in sorted(dropped.items()))
+    write_jsonl(folder / f"{part_name(part)}.dropped.jsonl", rows)
 
 
 def _by_reference(sample: Sample, store: DocumentStore, texts: dict[str, str]) -> Sample:

@@ -163,6 +163,12 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     for name, counts in summary["filters"].items():
         table.add_row(name, *(f"{counts.get(v, 0):,}" for v in ("pass", "fail", "not_run")))
     console.print(table)
+    if summary.get("dropped"):  # none in the folder of an earlier version
+        table = Table("made by", "came to nothing because", "times")
+        for by, reasons in summary["dropped"].items():
+            for reason, count in reasons.items():
+                table.add_row(by, escape(reason), f"{count:,}")
+        console.print(table)
     table = Table("task", "samples")
     for task in sorted(summary["tasks"], key=_task_order):
         table.add_row(task, f"{summary['tasks'][task]:,}")

@@ -3,8 +3,8 @@
 A route is a function ``(documents, *, seed, limit, **options) -> Iterator[Sample]``; one that takes
 ``client`` gets the recipe's model, or None; one that takes ``max_tokens`` gets the bound that the
 recipe sets on that model's replies, unless its options name another; one that takes ``extracted``
-gets the triples that the model read out of the documents. Its samples hold evidence documents
-alone, all of one split.
+gets the triples that the model read out of the documents; one that takes ``dropped`` counts there,
+by reason, what came to nothing. Its samples hold evidence documents alone, all of one split.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ def route_samples(
     client: Client | None,
     max_tokens: int | None = None,
     extracted: Sequence[Triple] = (),
+    dropped: Counter[str] | None = None,
 ) -> Iterator[Sample]:
     """Run one route. ``route.route`` is a name of ``ROUTES`` or ``module:function``."""
     function, parameters = find_route(route, has_model=client is not None)
@@ -62,6 +64,8 @@ def route_samples(
         options.setdefault("max_tokens", max_tokens)
     if "extracted" in parameters:
         options["extracted"] = extracted
+    if "dropped" in parameters:
+        options["dropped"] = dropped
     return map(_with_reward, function(documents, seed=seed, limit=limit, **options))
 
 

@@ -321,8 +321,29 @@ def test_triples_that_a_model_extracts_reach_the_route(corpus, tmp_path):
     without = dataclasses.replace(recipe.model, scripted="toy_route:babbler")
     summary = run_pipeline(dataclasses.replace(recipe, model=without), tmp_path / "babble")
     assert summary["samples"]["composed"] == 0
+    ((by, reasons),) = summary["dropped"].items()
+    assert by == "extract" and list(reasons) == ["the reply holds no JSON dict"]
+    # of three readings of each page; a lone brace is repaired and says nothing
+    assert summary["documents"]["kept"] < reasons["the reply holds no JSON dict"] < 3 * 150
     with pytest.raises(InputError, match="extract.triples asks a model"):
         dataclasses.replace(recipe, model=None)
+
+
+def test_what_a_route_drops_is_in_the_summary_by_reason(corpus, tmp_path):
+    routes = [
+        RouteConfig(route="toy_route:choosy_samples", limit=6, group_documents=50),
+        RouteConfig(route="toy_route:toy_samples", limit=3),
+    ]
+    recipe = toy_recipe(corpus, routes=routes)
+    summary = run_pipeline(recipe, tmp_path / "one")
+    # Three groups of 50 pages: a reason of its own for each, and one for every second of a group.
+    reasons = summary["dropped"]["toy_route:choosy_samples"]
+    assert list(reasons)[0] == "the page is odd" and len(reasons) == 51
+    assert reasons["the page is odd"] == 75 and sum(reasons.values()) == 75 + 150
+    assert reasons["other reasons"] == 150 - 49
+    assert list(summary["dropped"]) == ["toy_route:choosy_samples"]
+    assert run_pipeline(recipe, tmp_path / "two", workers=2) == summary
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
 
 
 def test_a_model_that_talks_nonsense_fails_samples_but_not_the_run(corpus, tmp_path):

@@ -105,7 +105,7 @@ def test_wrong_use_is_one_sentence(run, tmp_path):
     assert "Is a directory" in error("run", str(tmp_path), "--out", str(tmp_path / "out"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     assert "not UTF-8" in error("run", str(tmp_path / "binary.yaml"), "--out", str(tmp_path))
-    assert "choose another --out" in error("run", str(recipe), "--out", str(recipe))
+    assert "--out takes a folder" in error("run", str(recipe), "--out", str(recipe))
     assert "--workers is -1" in error("run", str(recipe), "--out", str(tmp_path), "--workers", "-1")
     assert "holds no run" in error("show", "collect", "--out", str(tmp_path))
     (tmp_path / "summary.json").write_text("{")

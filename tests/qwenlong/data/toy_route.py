@@ -78,6 +78,15 @@ def toy_samples(
         )
 
 
+def choosy_samples(documents, *, seed: int, limit: int, dropped=None) -> Iterator[Sample]:
+    """Counts every second page under one reason, and every page under one of its own."""
+    for place, document in enumerate(documents):
+        dropped[f"{document.title} is dull"] += 1
+        if place % 2:
+            dropped["the page is odd"] += 1
+    yield from toy_samples(documents, seed=seed, limit=limit)
+
+
 def slow_samples(documents: Sequence[SourceDocument], *, seed: int, limit: int) -> Iterator[Sample]:
     """Says who runs it, then takes its time."""
     Path(os.environ["TOY_PIDS"]).write_text(str(os.getpid()))
