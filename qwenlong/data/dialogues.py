@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qwenlong.data.documents import SourceDocument, split_sentences
@@ -207,31 +207,66 @@ _OPENERS = (
     "Do you have a moment?",
     "I was just thinking of you.",
 )
+# Nothing of it states a fact about "my" anything: that is for the statements. Most lines have two
+# blanks, so that a conversation of 100K tokens seldom says one twice.
 _TALK = (
-    "The weather has been {x} since the weekend.",
-    "I cooked {y} and half of it burned.",
-    "The tram was late again, so I walked along the canal.",
-    "Somebody in our street is learning the trumpet, and it shows.",
-    "I watched a film about {z} and fell asleep before the end.",
-    "The shop on the corner sells {y} now.",
-    "I keep hearing about {z}, and I still do not know what to think.",
-    "My knees say that it will be {x} tomorrow.",
-    "The washing machine made that noise again.",
-    "I found an old photograph of all of us at the lake.",
-    "The bakery has run out of {y} three days in a row.",
-    "Our neighbours talk about nothing but {z}.",
+    "The weather was {weather} {time}.",
+    "{who} cooked {food} {time} and half of it burned.",
+    "The tram was late again {time}, so I walked along {place}.",
+    "{who} is learning the trumpet, and all of {place} has to listen.",
+    "I watched a film about {theme} {time} and fell asleep before the end.",
+    "The shop behind {place} sells {food} now.",
+    "I keep hearing about {theme}, and {who} is to blame for it.",
+    "The paper says that it will be {weather} around {place}.",
+    "The washing machine made that noise again {time}.",
+    "I found an old photograph of all of us at {place}.",
+    "The bakery near {place} has run out of {food} three days in a row.",
+    "{who} talks about nothing but {theme}.",
+    "They have put up a fence around {place}, and nobody says why.",
+    "There was a lecture on {theme} {time}, and hardly a chair was left.",
+    "{who} swears that nothing beats {food} when it is {weather} outside.",
+    "The radio had a long programme about {theme} {time}.",
+    "I met {who} at {place}, quite by accident.",
+    "It was so {weather} {time} that even the pigeons stayed away from {place}.",
+    "{who} has started to write a book about {theme}, so I am told.",
+    "There was {food} for supper {time}, and {who} came to eat with us.",
+    "Half the town went to {place} {time}.",
+    "The lights went out {time}, and {who} told stories about {theme}.",
+    "Somebody left a whole crate of {food} at {place}.",
+    "That tune will not leave me in peace, the one that {who} whistles.",
+    "The choir of {place} sang something about {theme}.",
+    "{who} says that {place} was nicer before the trees were cut.",
+    "We argued about {theme} until it was late.",
+    "The stall with the {food} was closed {time}.",
+    "The stairs at {place} are being mended, slowly.",
+    "I walked home in the {weather} wind with a bag full of {food}.",
 )
-_WEATHER = ("stormy", "mild", "freezing", "foggy", "far too warm", "windy", "grey", "glorious")
-_FOOD = ("lentil soup", "plum cake", "dumplings", "aubergines", "rye bread", "pancakes", "risotto")
+_WEATHER = (
+    "stormy mild freezing foggy windy grey glorious damp muggy bright changeable icy gloomy"
+).split()
+_FOOD = (
+    "lentil soup, plum cake, dumplings, aubergines, rye bread, pancakes, risotto, pickled beets, "
+    "roast chestnuts, onion tart, apricots, goat cheese, ginger biscuits, leek pie, smoked trout"
+).split(", ")
 _THEMES = (
-    "lighthouses",
-    "the old railway",
-    "mushrooms",
-    "a lost violin",
-    "tax reform",
-    "polar ships",
-    "the new bridge",
-)
+    "lighthouses, the old railway, mushrooms, a lost violin, tax reform, polar ships, the new "
+    "bridge, migrating cranes, forgotten alphabets, the price of timber, clockmakers, salt mines, "
+    "the great flood, comets, village theatres, moths"
+).split(", ")
+_PLACES = (
+    "the canal, the lake, the old market, the post office, the water tower, the rose garden, the "
+    "swimming pool, the town hall, the station, the orchard, the fire station, the quarry, the "
+    "cinema, the allotments"
+).split(", ")
+_WHO = (
+    "The neighbour upstairs, A cousin, The postman, The woman from the library, A former teacher, "
+    "The plumber, Somebody in our street, The new doctor, An old friend, The caretaker, The baker, "
+    "A colleague"
+).split(", ")
+_TIMES = (
+    "last week, yesterday, the other day, on the weekend, this morning, two nights ago, in the "
+    "holidays, after the storm, before breakfast, late in the evening"
+).split(", ")
 _REPLIES = (
     "I see.",
     "That sounds familiar.",
@@ -243,6 +278,14 @@ _REPLIES = (
     "Oh dear.",
     "How nice!",
     "Let us come back to that another time.",
+    "You do not say.",
+    "I had the same thought.",
+    "Well, that is how it goes.",
+    "I would like to hear more about that.",
+    "Who would have thought so?",
+    "It could be worse.",
+    "That reminds me of something.",
+    "I am all ears.",
 )
 _QUOTES = (
     'In "{t}" I came across this: {s}',
@@ -353,7 +396,7 @@ def simulate(
     plans: list[list[_Plan]] = [[] for _ in range(sessions)]
     attributes = _plan_attributes(rng, people, plans)
     activities = _plan_activities(rng, people, plans, texts)
-    transcript = _Transcript()
+    transcript, talk = _Transcript(), _SmallTalk(rng, quotes)
     headers = []
     number = rng.randrange(100_000, 900_000)
     heading = f"Conversations between {_listed(people)}, in {sessions} sessions. Transcript {{}}."
@@ -364,7 +407,7 @@ def simulate(
         weekday = _WEEKDAYS[day.weekday()]
         headers.append(transcript.line(f"Session {i + 1}: {weekday}, {texts[i]}, {clock}"))
         budget = (target_chars - transcript.length) // (sessions - i)
-        _speak_session(rng, transcript, people, plans[i], i, budget, quotes)
+        _speak_session(rng, transcript, people, plans[i], i, budget, talk)
     title = f"Conversations between {_listed(people)}"
     body = "".join(transcript.pieces[1:])
     while split_of(text := f"{heading.format(number)}\n{body}") != split:
@@ -466,13 +509,13 @@ def _speak_session(
     plans: list[_Plan],
     session: int,
     budget: int,
-    quotes: list[tuple[str, str]],
+    talk: _SmallTalk,
 ) -> None:
     """Turns of one session: its statements in random order among small talk of ``budget`` chars."""
     order = plans[:]
     rng.shuffle(order)
     end = transcript.length + budget
-    transcript.line(f"{people[0].split()[0]}: {rng.choice(_OPENERS)} {_talk(rng, quotes)}")
+    transcript.line(f"{people[0].split()[0]}: {talk.opener()} {talk.line_or_quote()}")
     speaker = people[0]
     while order or transcript.length < end - 200:
         room = max(0, end - transcript.length)
@@ -481,8 +524,8 @@ def _speak_session(
         if is_statement:
             plan = order.pop()
             speaker = plan.thread.owner
-            before = rng.choice(["", "", _talk(rng, []) + " "])
-            after = rng.choice(["", "", " " + rng.choice(_REPLIES)])
+            before = talk.line() + " " if rng.random() < 1 / 3 else ""
+            after = " " + talk.reply() if rng.random() < 1 / 3 else ""
             text = f"{speaker.split()[0]}: {before}{plan.sentence}{after}"
             span = transcript.line(text)
             start = span.start + len(speaker.split()[0]) + 2 + len(before)
@@ -492,17 +535,61 @@ def _speak_session(
             speaker = rng.choice([p for p in people if p != speaker])
             text = " ".join(
                 [
-                    *([rng.choice(_REPLIES)] if rng.random() < 0.6 else []),
-                    _talk(rng, quotes),
-                    *([_talk(rng, [])] if rng.random() < 0.3 else []),
+                    *([talk.reply()] if rng.random() < 0.6 else []),
+                    talk.line_or_quote(),
+                    *([talk.line()] if rng.random() < 0.3 else []),
                 ]
             )
             transcript.line(f"{speaker.split()[0]}: {text}")
 
 
-def _talk(rng: random.Random, quotes: list[tuple[str, str]]) -> str:
-    if quotes and rng.random() < 0.6:
-        title, sentence = rng.choice(quotes)
-        return rng.choice(_QUOTES).format(t=title, s=sentence)
-    form = rng.choice(_TALK)
-    return form.format(x=rng.choice(_WEATHER), y=rng.choice(_FOOD), z=rng.choice(_THEMES))
+class _Deck:
+    """Deals all of its cards before one comes again, and never the same twice in a row."""
+
+    def __init__(self, rng: random.Random, cards: Sequence[str]):
+        self._rng, self._cards, self._left, self._last = rng, cards, [], ""
+
+    def draw(self) -> str:
+        if not self._left:
+            self._left = self._rng.sample(self._cards, len(self._cards))
+            if self._left[-1] == self._last:
+                self._left.reverse()
+        self._last = self._left.pop()
+        return self._last
+
+
+class _SmallTalk:
+    """What is said between the statements of one conversation."""
+
+    def __init__(self, rng: random.Random, quotes: list[tuple[str, str]]):
+        self._rng, self._quotes = rng, quotes
+        self._lines, self._replies = _Deck(rng, _TALK), _Deck(rng, _REPLIES)
+        self._openers = _Deck(rng, _OPENERS)
+        self._blanks = {
+            "weather": _Deck(rng, _WEATHER),
+            "food": _Deck(rng, _FOOD),
+            "theme": _Deck(rng, _THEMES),
+            "place": _Deck(rng, _PLACES),
+            "who": _Deck(rng, _WHO),
+            "time": _Deck(rng, _TIMES),
+        }
+
+    def opener(self) -> str:
+        return self._openers.draw()
+
+    def reply(self) -> str:
+        return self._replies.draw()
+
+    def line(self) -> str:
+        form = self._lines.draw()
+        names = [name for name in self._blanks if f"{{{name}}}" in form]
+        found = {name: self._blanks[name].draw() for name in names}
+        if "who" in found and not form.startswith("{who}"):
+            found["who"] = found["who"][0].lower() + found["who"][1:]
+        return form.format(**found)
+
+    def line_or_quote(self) -> str:
+        if self._quotes and self._rng.random() < 0.6:
+            title, sentence = self._rng.choice(self._quotes)
+            return self._rng.choice(_QUOTES).format(t=title, s=sentence)
+        return self.line()
