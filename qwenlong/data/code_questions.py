@@ -19,6 +19,7 @@ from qwenlong.rewards.text import normalize_answer
 
 _MIN_COUNT = 5  # of things to count: a smaller answer is soon guessed
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_ERROR_NAME = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Warning)\b")
 _BUILTIN_ERRORS = (
     "ValueError TypeError RuntimeError KeyError IndexError AttributeError OSError LookupError "
     "NotImplementedError ImportError OverflowError AssertionError EOFError SyntaxError"
@@ -73,7 +74,9 @@ def _choice_default(
 ) -> Iterator[Item]:
     triples = list(_defaults(facts))
     by_kind: dict[str, dict[str, str]] = {"number": {}, "string": {}, "name": {}}
-    for source in (s for f in facts.functions for s in f.defaults.values()):
+    sources = [s for f in facts.functions for s in f.defaults.values()]
+    # What no answer is would tell the answer.
+    for source in (s for s in sources if s not in _GUESSED and normalize_answer(s)):
         by_kind[_literal_kind(source)].setdefault(_meaning(source), source)
     for function, parameter, source in triples:
         found = by_kind[_literal_kind(source)]
@@ -171,12 +174,12 @@ def _choice_described(
 def _choice_import(
     document: SourceDocument, facts: ModuleFacts, rng: random.Random
 ) -> Iterator[Item]:
-    absent = [m for m in _COMMON_MODULES if m not in facts.words]
-    if len(absent) < OPTIONS - 1:
-        return
-    names = [n for n in facts.imports if n not in (document.title, "__future__")]
-    if names:
-        name = rng.choice(names)
+    """Wrong options are modules that no import names, many of which the source speaks of."""
+    is_dynamic = {"import_module", "__import__", "find_spec"} & facts.words
+    wrong = [m for m in _MODULES if m not in (facts.words if is_dynamic else facts.import_words)]
+    # A dotted name would be told from the wrong options, which have no dot.
+    names = [n for n in facts.imports if "." not in n and n not in (document.title, "__future__")]
+    for name in rng.sample(names, min(len(names), _IMPORTS_ASKED)):
         yield Item(
             "imported_module",
             rng.choice(
@@ -188,17 +191,22 @@ def _choice_import(
             name,
             [facts.imports[name]],
             {"module": name},
-            absent,
+            wrong,
         )
 
 
-_COMMON_MODULES = (
-    "argparse array bisect calendar cmath colorsys configparser copy csv dataclasses datetime "
-    "decimal difflib enum fnmatch fractions ftplib getpass gettext glob gzip hashlib heapq hmac "
-    "imaplib inspect ipaddress json linecache locale lzma mailbox mimetypes netrc numbers operator "
-    "pathlib pickle platform plistlib poplib pprint profile queue random sched secrets selectors "
-    "shelve shlex shutil signal smtplib socketserver sqlite3 statistics string stringprep struct "
-    "tarfile tempfile textwrap timeit tokenize trace uuid wave zipfile zlib zoneinfo"
+_IMPORTS_ASKED = 8  # of one document: its questions have the same words, one or two are taken
+_MODULES = (
+    "abc argparse array ast base64 binascii bisect calendar cmath cmd code codecs collections "
+    "colorsys concurrent configparser contextlib copy csv ctypes dataclasses datetime decimal "
+    "difflib dis email enum errno fcntl fnmatch fractions ftplib functools getopt getpass gettext "
+    "glob gzip hashlib heapq hmac html http imaplib inspect io ipaddress itertools json keyword "
+    "linecache locale logging lzma mailbox marshal math mimetypes netrc numbers operator optparse "
+    "os pathlib pickle platform plistlib poplib pprint profile queue random re resource sched "
+    "secrets select selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 "
+    "ssl stat statistics string stringprep struct subprocess sys tarfile tempfile test textwrap "
+    "threading time timeit token tokenize trace traceback types typing urllib uuid warnings wave "
+    "weakref xml zipfile zlib zoneinfo"
 ).split()
 
 
@@ -220,7 +228,9 @@ def _messages(
 def _error_items(
     document: SourceDocument, facts: ModuleFacts, rng: random.Random
 ) -> Iterator[Item]:
+    # All that the source speaks of, so that the answer is not the only one that it names.
     used = {error for f in facts.functions for error, _, _ in f.raises}
+    names = sorted(used.union(_ERROR_NAME.findall(document.text), _BUILTIN_ERRORS))
     for _, error, message, span in _messages(document, facts):
         yield Item(
             "exception_of_message",
@@ -235,7 +245,8 @@ def _error_items(
             error,
             [span],
             {"message": message},
-            sorted(used) + _BUILTIN_ERRORS,
+            # Of its own kind: the library's exceptions have the longer names.
+            [e for e in names if (e in _BUILTIN_ERRORS) == (error in _BUILTIN_ERRORS)],
         )
 
 

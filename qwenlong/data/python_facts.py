@@ -50,6 +50,7 @@ class ModuleFacts:
     classes: list[ClassFacts] = field(default_factory=list)
     constants: dict[str, tuple[str, Span]] = field(default_factory=dict)  # bound once, a literal
     imports: dict[str, Span] = field(default_factory=dict)  # absolute names -> statement
+    import_words: frozenset[str] = frozenset()  # every word of every import statement
     defined: Counter[str] = field(default_factory=Counter)  # names after ``def``, anywhere
     assigned: frozenset[str] = frozenset()  # names bound by an indented assignment
     words: frozenset[str] = frozenset()
@@ -110,12 +111,18 @@ def module_facts(text: str) -> ModuleFacts | None:
             value = _literal(node.value, offsets)
             if isinstance(target, ast.Name) and value and bound[target.id] == 1:
                 facts.constants[target.id] = (value, offsets.span(node))
+    words: set[str] = set()
     for node in _statements(tree.body, into_functions=True):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        span = offsets.span(node)
+        words.update(re.findall(r"\w+", text[span.start : span.end]))
         if isinstance(node, ast.Import):
             for alias in node.names:
-                facts.imports.setdefault(alias.name, offsets.span(node))
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            facts.imports.setdefault(node.module, offsets.span(node))
+                facts.imports.setdefault(alias.name, span)
+        elif not node.level and node.module:
+            facts.imports.setdefault(node.module, span)
+    facts.import_words = frozenset(words)
     return facts
 
 

@@ -3,12 +3,15 @@
 Each rule looks at one document and yields items: a question, its answer, the characters that prove
 it and, for multiple choice, wrong options of the same kind from the same document. A rule yields
 only what the document settles: a name that occurs once, a literal bound once, a sentence that can
-be told from all others. ``dialogue_samples`` (``dialogue_questions``) is the third route by rule.
+be told from all others. Wrong options are drawn so that counting how often the document names each
+of them finds nothing. ``dialogue_samples`` (``dialogue_questions``) is the third route by rule.
 """
 
 from __future__ import annotations
 
+import functools
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -33,6 +36,7 @@ from qwenlong.types import Document, Evidence, Sample
 __all__ = ["choice_samples", "dialogue_samples", "reading_samples"]
 
 _MAX_DOCUMENT_CHARS = 400_000  # about 100K tokens: more leaves no room for anything else
+_RANK_SPREAD = 2  # how far the places of a subtype's answers may be from equal shares
 _SAME_ANSWER_SHARE = 0.15  # of the open questions of a subtype: more is soon guessed
 
 Rule = Callable[[SourceDocument, Any, random.Random], Iterator[Item]]
@@ -103,6 +107,7 @@ def _samples(
     seen: set[str] = set()
     given: Counter[tuple[str, str]] = Counter()  # open answers of a subtype
     asked: Counter[str] = Counter()
+    ranks: dict[str, Counter[int]] = {name: Counter() for name in by_subtype}
     made = 0
     while queues and made < limit:
         for queue in list(queues):
@@ -113,7 +118,7 @@ def _samples(
                 most = max(2, _SAME_ANSWER_SHARE * (asked[item.subtype] + 1))
                 is_usual = route == "reading" and given[key] + 1 > most
                 if item.question not in seen and not is_usual:
-                    sample = _sample(route, document, item, rng)
+                    sample = _sample(route, document, item, ranks[item.subtype], rng)
             if sample is None:
                 queues.remove(queue)
                 continue
@@ -154,7 +159,9 @@ def _document_items(
     return mixed
 
 
-def _sample(route: str, document: SourceDocument, item: Item, rng: random.Random) -> Sample | None:
+def _sample(
+    route: str, document: SourceDocument, item: Item, ranks: Counter[int], rng: random.Random
+) -> Sample | None:
     if not normalize_answer(item.answer) or contains_term(item.question, item.answer):
         return None
     choices = None
@@ -162,10 +169,9 @@ def _sample(route: str, document: SourceDocument, item: Item, rng: random.Random
     kind = "number" if item.is_number else "text"
     instructions = NUMBER_INSTRUCTIONS if item.is_number else TEXT_INSTRUCTIONS
     if route == "choice":
-        wrong = _distinct(item.wrong, item.answer)
-        if len(wrong) < OPTIONS - 1:
+        choices = _wrong_options(document.text, item, ranks, rng)
+        if choices is None:
             return None
-        choices = rng.sample(wrong, OPTIONS - 1)
         place = rng.randrange(OPTIONS)
         choices.insert(place, item.answer)
         answer, kind, instructions = choice_letter(place), "choice", CHOICE_INSTRUCTIONS
@@ -191,6 +197,44 @@ def _sample(route: str, document: SourceDocument, item: Item, rng: random.Random
             **item.parameters,
         },
     )
+
+
+def _wrong_options(
+    text: str, item: Item, ranks: Counter[int], rng: random.Random
+) -> list[str] | None:
+    """Three wrong options in random order, or None where there are none that balance the subtype.
+
+    They are named as often as the answer, or else 0, 1, 2 or 3 of them less often and the others
+    more often, in equal shares of the subtype, which ``ranks`` counts.
+    """
+    wrong = _distinct(item.wrong, item.answer)
+    rng.shuffle(wrong)
+    count = _count_in(text, item.answer)
+    counts = {option: _count_in(text, option) for option in wrong}
+    same = [option for option in wrong if counts[option] == count]
+    if len(same) >= OPTIONS - 1:
+        return same[: OPTIONS - 1]
+    fewer = [option for option in wrong if counts[option] < count]
+    more = [option for option in wrong if counts[option] > count]
+    places = [k for k in range(OPTIONS) if len(fewer) >= k and len(more) >= OPTIONS - 1 - k]
+    rng.shuffle(places)
+    rank = min(places, key=ranks.__getitem__, default=None)
+    if rank is None or ranks[rank] > min(ranks[k] for k in range(OPTIONS)) + _RANK_SPREAD:
+        return None
+    ranks[rank] += 1
+    options = fewer[:rank] + more[: OPTIONS - 1 - rank]
+    rng.shuffle(options)
+    return options
+
+
+def _count_in(text: str, option: str) -> int:
+    """How often ``text`` names ``option``: as a word where it is one."""
+    return _words(text)[option] if re.fullmatch(r"\w+", option) else text.count(option)
+
+
+@functools.lru_cache(maxsize=16)
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", text))
 
 
 def _distinct(texts: Iterable[str], answer: str) -> list[str]:

@@ -200,6 +200,30 @@ def test_shape_of_samples(choices, readings, dialogues):
     assert len({s.question for s in choices}) == 600
 
 
+def test_counting_how_often_the_options_are_named_is_guessing(choices):
+    """Whoever always takes the option named most often, or least often, or in between."""
+    right, asked = Counter(), Counter()
+    for sample in choices:
+        text = sample.documents[0].text
+        counts = [len(re.findall(rf"(?<!\w){re.escape(c)}(?!\w)", text)) for c in sample.choices]
+        answer = counts["ABCD".index(sample.answers[0])]
+        asked[sample.subtype] += 1
+        for place, count in enumerate(sorted(counts)):
+            right[sample.subtype, place] += (count == answer) / counts.count(answer)
+    for (subtype, place), found in right.items():
+        n = asked[subtype]  # without balance, 1.0 for imports and 0.86 for exceptions
+        assert abs(found / n - 0.25) < 3 * (0.25 * 0.75 / n) ** 0.5, (subtype, place, found / n, n)
+    assert min(asked[name] for name in ("imported_module", "exception_of_message")) >= 50
+
+
+def test_wrong_options_of_imports_and_defaults_are_not_told_by_their_kind(choices):
+    for sample in choices:
+        if sample.subtype == "imported_module":
+            assert not any("." in choice for choice in sample.choices)
+        if sample.subtype == "default_value":
+            assert not {"None", "True", "False", "0", "1", "-1"} & set(sample.choices)
+
+
 def test_places_of_the_right_option_are_uniform(choices):
     counts = Counter(s.answers[0] for s in choices)
     assert all(abs(counts[letter] - 150) < 45 for letter in "ABCD")  # over four deviations
@@ -442,3 +466,15 @@ def test_dialogue_options_are_checked(options):
         list(dialogue_samples([], seed=0, limit=1, **options))
     with pytest.raises(ValueError, match="per_dialogue"):
         list(dialogue_samples([], seed=0, limit=1, per_dialogue=0))
+
+
+def test_small_talk_seldom_says_a_sentence_twice():
+    """A conversation of 60,000 tokens without documents to quote from."""
+    (sample,) = dialogue_samples([], seed=3, limit=1, tokens=(60_000, 60_001), per_dialogue=1)
+    _, sessions = read_transcript(sample.documents[0].text)
+    turns = [text for session in sessions for _, text in session.turns]
+    said = Counter(s for text in turns for s in re.split(r"(?<=[.!?]) (?=[A-Z])", text))
+    long = Counter({s: n for s, n in said.items() if len(s) > 40 and " my " not in s})
+    assert sum(long.values()) > 1_500
+    assert max(long.values()) <= 0.03 * sum(long.values())
+    assert sum(n == 1 for n in long.values()) > 0.5 * len(long)
