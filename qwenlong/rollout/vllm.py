@@ -232,15 +232,18 @@ class VllmRollouts:
             raise InputError("rollouts: pass weights_folder, from which the server reads weights.")
         older = self._file
         if is_main and self._lock is None:
-            self._lock = _claim(self._folder, self._session)
+            # Where nothing can be written the stream says so, after the part of the other ranks.
+            with contextlib.suppress(OSError):
+                self._lock = _claim(self._folder, self._session)
         version = f"{self._session}-step-{policy_step}"
         path = (self._folder / f"policy-{version}.safetensors").absolute()
+        self._file = None
+        if older is not None:  # first, because a folder in memory may not hold two
+            older.unlink(missing_ok=True)
         _write_weights(model, path, self._dtype, is_main=is_main)
         if not is_main:
             return
         self._file = path
-        if older is not None and older != path:
-            older.unlink(missing_ok=True)
         self._send(path, version)
         self._version = version
 

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from qwenlong.errors import InputError
 from qwenlong.metrics import METRICS_FILE, read_metrics
-from qwenlong.run_setup import build_run
+from qwenlong.run_setup import ENGINES, ROLLOUTS, build_run
 from qwenlong.tiny import tiny_tokenizer
 from qwenlong.train_command import run_stage
 from tests.qwenlong.train_runs import make_model, tiny_recipe
+from tests.qwenlong.vllm_server import FakeVllm, serving
 
 ROOT = Path(__file__).parents[2]
 # Answers differ in length, and so do the ranks in the number of their micro-batches.
@@ -170,6 +171,37 @@ def test_fsdp2_saves_and_exports_what_one_process_does(kind, lora, request, tmp_
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
     assert ("model.layers.1.mlp.experts.3.up_proj.weight" in expected) == (kind == "moe")
+
+
+@pytest.mark.parametrize("kind, lora", [("tied", None), ("tied", {"rank": 2}), ("moe", None)])
+def test_a_server_gets_the_same_weights_from_shards(kind, lora, request, tmp_path, one_rank):
+    if lora:
+        pytest.importorskip("peft")
+    model = request.getfixturevalue({"tied": "model", "moe": "moe"}[kind])
+    sent = []
+    for engine in ("torch", "fsdp2"):
+        server = FakeVllm()
+        with serving(server) as url:
+            vllm = {"base_url": url, "weights_folder": str(tmp_path / engine)}
+            rollout = {"backend": "vllm", "vllm": vllm}
+            changes = {"engine": {"kind": engine}, "model": {"lora": lora}}
+            recipe = tiny_recipe(model, rollout=rollout, **changes)
+            made = ENGINES[engine].load(recipe, model)
+            for name, parameter in made.policy.model.named_parameters():
+                if ".lora_B." in name:
+                    values = torch.linspace(-1, 1, parameter.numel()).view(parameter.shape)
+                    (parameter.to_local() if engine == "fsdp2" else parameter).data.copy_(values)
+            rollouts = ROLLOUTS["vllm"](recipe, made)
+            rollouts.sync_weights(made.rollout_model(), 0)
+            rollouts.close()
+            sent.append(server.loaded)
+    whole, sharded = sent
+    stored = load_file(model / "model.safetensors")
+    assert whole.keys() == sharded.keys() == stored.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-6)
+    query = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(whole[query], stored[query].float()) == (lora is None)
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_by_name(moe, tmp_path, one_rank):

@@ -114,7 +114,7 @@ def _handler(server: FakeVllm) -> type[BaseHTTPRequestHandler]:
             elif path == "/finish_weight_update":
                 assert server.is_updating
                 server.is_updating = False
-                if server.loaded:
+                if "w" in server.loaded:
                     server.weight = float(server.loaded["w"].flatten()[0])
                 server.version = body["weight_version"]
             elif path == "/reset_prefix_cache":
