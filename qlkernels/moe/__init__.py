@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from qlkernels import _checks
+from qlkernels._direct import direct_function, is_watched
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._target import why_not_triton
@@ -52,8 +53,7 @@ def _chunks(x, ids, chunk_tokens, impl, columns, budget):
 # --- custom ops and autograd ----------------------------------------------------
 
 
-@torch.library.custom_op("qlkernels::moe_mlp", mutates_args=())
-def _op(
+def _run(
     hidden_states: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -85,6 +85,9 @@ def _op(
         rows = RoutedRows(ids, *index)
         arguments = (x, topk_weights, w_gate_up, w_down, residual, rows, chunks, save_h)
         return *passes.forward(*arguments), *index
+
+
+_op = torch.library.custom_op("qlkernels::moe_mlp", _run, mutates_args=())
 
 
 @_op.register_fake
@@ -198,7 +201,12 @@ def _autograd_backward(ctx, dout, *_others):
         x, ids, weights, w_gate_up, w_down, *saved = ctx.saved_tensors
         operands = (dout.contiguous(), x, ids, weights, w_gate_up, w_down, saved)
         needs = [needs_dx, *needs_dw]
-        if ctx.buffers[0] is None:
+        # with gradients on, the op is there to refuse a second backward
+        if not (torch.is_grad_enabled() or is_watched(dout, x, *ctx.buffers)):
+            dx, dweights, dw1, dw2 = _run_backward(*operands, ctx.buffers, *ctx.options, needs)
+            if ctx.buffers[0] is not None:
+                torch.autograd.graph.increment_version(ctx.buffers)
+        elif ctx.buffers[0] is None:
             dx, dweights, dw1, dw2 = torch.ops.qlkernels.moe_mlp_bwd(*operands, *ctx.options, needs)
         else:
             dx, dweights = torch.ops.qlkernels.moe_mlp_bwd_into(
@@ -215,6 +223,7 @@ def _autograd_backward(ctx, dout, *_others):
 
 
 _op.register_autograd(_autograd_backward, setup_context=_setup_context)
+_MoeMlp = direct_function(OP, _run, _setup_context, _autograd_backward)
 
 
 def _refuse_double_backward(ctx, *_grads):
@@ -291,7 +300,7 @@ def moe_mlp(
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, weights, w_gate_up, w_down)
     )
-    out, *_ = torch.ops.qlkernels.moe_mlp(
+    arguments = (
         x,
         topk_ids.to(torch.int32).contiguous(),
         weights,
@@ -303,6 +312,8 @@ def moe_mlp(
         needs_grad and not recompute,
         chosen,
     )
+    call = torch.ops.qlkernels.moe_mlp if is_watched(*arguments) else _MoeMlp.apply
+    out, *_ = call(*arguments)
     return out
 
 

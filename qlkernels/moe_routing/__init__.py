@@ -19,6 +19,7 @@ writes the logits once. The index reads the ids twice and writes 8 bytes a (toke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -34,11 +35,11 @@ _LOGITS = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
 
 
-def _blockers(x: torch.Tensor, num_experts: int, top_k: int) -> dict[str, str | None]:
+def _blockers(x: torch.Tensor, num_experts: int, top_k: int) -> dict:
     return {
-        "cuda": native.why_not_cuda(x, num_experts, top_k),
-        "triton": why_not_triton(x),
-        "cpu": native.why_not_cpu(x),
+        "cuda": partial(native.why_not_cuda, x, num_experts, top_k),
+        "triton": partial(why_not_triton, x),
+        "cpu": partial(native.why_not_cpu, x),
         "torch": None,
         "reference": None,
     }
@@ -123,7 +124,7 @@ def moe_route(
             router_logits, top_k, norm_topk_prob=norm_topk_prob, replay_ids=replay_ids,
             weights_dtype=weights_dtype,
         )  # fmt: skip
-    weights, prob_sums, ids, counts = torch.ops.qlkernels.moe_route(
+    weights, prob_sums, ids, counts = ops.route(
         router_logits, replay_ids, top_k, norm_topk_prob, weights_dtype, chosen
     )
     return Routing(ids, weights, counts, prob_sums)
@@ -166,9 +167,7 @@ def build_expert_index(
     chosen = pick_impl(INDEX_OP, impl, _blockers(topk_ids, num_experts, 1))
     if chosen == "reference":
         return build_expert_index_ref(topk_ids, num_experts)
-    return ExpertIndex(
-        *torch.ops.qlkernels.build_expert_index(topk_ids.contiguous(), num_experts, chosen)
-    )
+    return ExpertIndex(*ops.build_index(topk_ids.contiguous(), num_experts, chosen))
 
 
 def load_balancing_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qlkernels._direct import direct_function, is_watched
 from qlkernels._nvtx import op_range
 from qlkernels.moe_routing import eager, native
 from qlkernels.moe_routing import triton as kernels
@@ -35,8 +36,7 @@ def _index(topk_ids: torch.Tensor, num_experts: int):
     return tuple(_empty(topk_ids, torch.int32, size) for size in sizes)
 
 
-@torch.library.custom_op("qlkernels::moe_route", mutates_args=())
-def route(
+def _run(
     router_logits: torch.Tensor,
     replay_ids: torch.Tensor | None,
     top_k: int,
@@ -50,13 +50,15 @@ def route(
     return found
 
 
-@route.register_fake
+_route = torch.library.custom_op("qlkernels::moe_route", _run, mutates_args=())
+
+
+@_route.register_fake
 def _(router_logits, replay_ids, top_k, norm_topk_prob, weights_dtype, impl):
     return _routing(router_logits, top_k)
 
 
-@torch.library.custom_op("qlkernels::moe_route_bwd", mutates_args=())
-def route_bwd(
+def _run_backward(
     router_logits: torch.Tensor,
     topk_ids: torch.Tensor,
     norm_topk_prob: bool,
@@ -72,7 +74,10 @@ def route_bwd(
     return out
 
 
-@route_bwd.register_fake
+_route_bwd = torch.library.custom_op("qlkernels::moe_route_bwd", _run_backward, mutates_args=())
+
+
+@_route_bwd.register_fake
 def _(router_logits, *_args):
     return _empty(router_logits, router_logits.dtype, *router_logits.shape)
 
@@ -92,24 +97,31 @@ def _backward(ctx, dtopk_weights, dprob_sums, *_integers):
     router_logits, topk_ids = ctx.saved_tensors
     norm_topk_prob, impl = ctx.options
     grads = [None if g is None else g.float().contiguous() for g in (dtopk_weights, dprob_sums)]
-    dlogits = torch.ops.qlkernels.moe_route_bwd(
-        router_logits, topk_ids, norm_topk_prob, *grads, impl
-    )
+    # with gradients on, the op is there to refuse a second backward
+    watched = torch.is_grad_enabled() or is_watched(router_logits, topk_ids, *grads)
+    run = torch.ops.qlkernels.moe_route_bwd if watched else _run_backward
+    dlogits = run(router_logits, topk_ids, norm_topk_prob, *grads, impl)
     return (dlogits,) + (None,) * 5
 
 
-route.register_autograd(_backward, setup_context=_setup_context)
+_route.register_autograd(_backward, setup_context=_setup_context)
+_MoeRoute = direct_function(OP, _run, _setup_context, _backward)
+
+
+def route(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``qlkernels::moe_route``, without its dispatch where nobody watches."""
+    call = torch.ops.qlkernels.moe_route if is_watched(*inputs) else _MoeRoute.apply
+    return call(*inputs)
 
 
 def _refuse_double_backward(ctx, *_grads):
     raise RuntimeError(f"{OP}: double backward is not supported; use impl='reference' for it")
 
 
-route_bwd.register_autograd(_refuse_double_backward)
+_route_bwd.register_autograd(_refuse_double_backward)
 
 
-@torch.library.custom_op("qlkernels::build_expert_index", mutates_args=())
-def build_index(
+def _run_index(
     topk_ids: torch.Tensor, num_experts: int, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = _index(topk_ids, num_experts)
@@ -118,6 +130,18 @@ def build_index(
     return found
 
 
-@build_index.register_fake
+_build_index = torch.library.custom_op("qlkernels::build_expert_index", _run_index, mutates_args=())
+
+
+@_build_index.register_fake
 def _(topk_ids, num_experts, impl):
     return _index(topk_ids, num_experts)
+
+
+def build_index(
+    topk_ids: torch.Tensor, num_experts: int, impl: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``qlkernels::build_expert_index``, without its dispatch where nobody watches."""
+    watched = is_watched(topk_ids)
+    run = torch.ops.qlkernels.build_expert_index if watched else _run_index
+    return run(topk_ids, num_experts, impl)

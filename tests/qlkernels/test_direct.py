@@ -11,11 +11,19 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from qlkernels import linear_logprob, logprob_entropy, logprob_entropy_with_grad, policy_loss
+from qlkernels import (
+    build_expert_index,
+    linear_logprob,
+    logprob_entropy,
+    logprob_entropy_with_grad,
+    moe_mlp,
+    moe_route,
+    policy_loss,
+)
 from qlkernels._direct import is_watched
 
 T, V, H = 5, 11, 4
-NAMES = ["logprob_entropy", "linear_logprob", "policy_loss"]
+NAMES = ["logprob_entropy", "linear_logprob", "policy_loss", "moe_route", "moe_mlp"]
 
 
 class Seen(TorchDispatchMode):
@@ -43,6 +51,13 @@ def case(name):
     elif name == "linear_logprob":
         x = torch.randn(T, H, generator=g)
         run = lambda x: sum(v.square().sum() for v in linear_logprob(x, w, y, row_mask=mask))  # noqa: E731
+    elif name == "moe_route":
+        x = torch.randn(T, V, generator=g)
+        run = lambda x: moe_route(x, 3).topk_weights.square().sum()  # noqa: E731
+    elif name == "moe_mlp":
+        x, ids = torch.randn(T, H, generator=g), torch.randint(3, (T, 2), generator=g)
+        experts = torch.randn(3, 12, H, generator=g), torch.randn(3, H, 6, generator=g)
+        run = lambda x: moe_mlp(x, ids, torch.ones(T, 2), *experts).square().sum()  # noqa: E731
     else:
         x, old = torch.randn(2, T, generator=g)
         A, cu_seqlens = torch.tensor([1.0, -1.0]), torch.tensor([0, 2, T])
@@ -156,6 +171,15 @@ def test_a_gradient_that_was_added_to_counts_as_changed():
     before = main_grad._version
     linear_logprob(x, w, y, main_grad=main_grad).logprobs.sum().backward()
     assert main_grad._version > before and main_grad.any()
+
+
+def test_the_index_is_one_op_to_those_who_watch():
+    ids = torch.tensor([[2, 0], [0, 3], [2, 0]])
+    plain = build_expert_index(ids, 5)
+    with Seen() as seen:
+        watched = build_expert_index(ids, 5)
+    assert seen.names == ["build_expert_index"]
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
 
 
 def test_profilers_show_the_name_of_the_op():
