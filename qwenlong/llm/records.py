@@ -77,7 +77,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer."""
+    """One answer. ``text`` and ``reasoning`` are valid UTF-8: half a surrogate pair, which a JSON
+    reply can hold and no file or later request can, shows as a question mark.
+    """
 
     text: str
     finish_reason: str  # "stop", "length", or what the server says
@@ -87,6 +89,12 @@ class Completion:
     logprobs: tuple[float, ...] | None = None  # nats, one per token of the answer
     token_ids: tuple[int, ...] | None = None  # where the server returns them
     cached: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("text", "reasoning"):
+            text = getattr(self, name)
+            if text is not None and not text.isascii():
+                object.__setattr__(self, name, text.encode("utf-8", "replace").decode())
 
     def to_json(self) -> dict[str, Any]:
         row = asdict(self)

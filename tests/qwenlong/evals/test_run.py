@@ -135,6 +135,17 @@ def test_a_question_without_documents_is_answered_at_once(tmp_path, samples, set
         assert f"<memory>\n{AGENT_NO_MEMORY}\n</memory>" in prompt
 
 
+@pytest.mark.parametrize("settings", [FULL, AGENT], ids=["full", "agent"])
+def test_half_a_surrogate_pair_in_a_reply_does_not_end_the_run(data, tmp_path, samples, settings):
+    """The reply is in the cache then: the same command would fail on it for ever."""
+    reply = f"<memory>half \ud83d</memory><plan>none</plan> {said('x')}"
+    with ScriptedClient(lambda messages: reply, cache=tmp_path / "calls") as client:
+        ask(data, tmp_path / "run", client, settings)
+    results = score_run(data, tmp_path / "run")
+    assert len(results) == len(samples)
+    assert all("half ?" in result.response for result in results)
+
+
 # --- nothing of the answer in a prompt ---------------------------------------
 
 
