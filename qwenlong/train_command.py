@@ -110,6 +110,13 @@ class _Log:
         self._metrics.close()
         if (self._metrics.path).stat().st_size:
             self._dashboard.close()
+        if self._dashboard.problem:
+            self._console.print(
+                f"dashboard.png could not be drawn ({self._dashboard.problem})",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 @contextlib.contextmanager

@@ -480,6 +480,17 @@ def test_what_a_run_leaves(model, tmp_path, monkeypatch):
     assert run_stage(tiny_recipe(model, steps=2), out, resume=True, console=quiet()) == final
 
 
+def test_a_dashboard_that_cannot_be_drawn_is_said_and_stops_nothing(model, tmp_path, monkeypatch):
+    def broken(*paths):
+        raise OSError("no such font")
+
+    monkeypatch.setattr("qwenlong.train_plot.draw_dashboard", broken)
+    console = quiet()
+    final = run_stage(tiny_recipe(model, steps=1), tmp_path, resume=False, console=console)
+    assert (final / "model.safetensors").is_file()
+    assert "dashboard.png could not be drawn (OSError: no such font)" in console.file.getvalue()
+
+
 def test_a_dead_judge_stops_the_run_and_loses_no_step(model, tmp_path):
     judge = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "attempts": 1}
     recipe = tiny_recipe(

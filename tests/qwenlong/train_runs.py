@@ -49,6 +49,8 @@ def tiny_recipe(folder: Path, /, **changes: Any) -> Recipe:
 class NoPicture:
     """In place of the dashboard, whose drawing takes longer than the runs of these tests."""
 
+    problem = None
+
     def __init__(self, *paths: Path):
         pass
 
