@@ -22,11 +22,10 @@ from matplotlib.ticker import MaxNLocator
 
 from qwenlong.evals.statistics import Difference, Estimate, difference, estimate
 from qwenlong.storage import atomic_write, read_jsonl
-from qwenlong.train_plot import drop_phases, moving_mean
+from qwenlong.train_plot import drop_phases
 
 COLORS = {"grpo": "#1b6ca8", "task": "#4f8f46", "task+aepo": "#b8532a"}
 SHADE = "#f2c9a1"
-SMOOTH_STEPS = 3  # of the mean over seeds
 LAST_STEPS = 4  # that the tables call the end of a run
 
 Row = Mapping[str, Any]
@@ -65,8 +64,8 @@ def _difference(first: Sequence[Held], second: Sequence[Held], task: str | None)
 def draw(rows: Sequence[Row], path: str | Path) -> None:
     """Rewards of each task while training and on held-out prompts; entropy of each arm.
 
-    A thin line is a seed, a thick one the moving mean of the seeds' mean. Steps that AEPO ran
-    without negative advantages are shaded, once for each seed that did.
+    A thin line is a seed, a thick one the mean of the seeds. Steps that AEPO ran without negative
+    advantages are shaded, once for each seed that did.
     """
     setup, calibration, arms = _parts(rows)
     tasks = sorted(setup["held_out"])
@@ -117,7 +116,7 @@ def _curves(axes: Axes, series: Sequence[Sequence[float | None]], color: str, la
         axes.plot(*zip(*found, strict=True), color=color, lw=0.7, alpha=0.45)
     known = [[v for v in values if v is not None] for values in zip(*series, strict=True)]
     steps = [step for step, values in enumerate(known, 1) if values]
-    means = moving_mean([statistics.fmean(values) for values in known if values], SMOOTH_STEPS)
+    means = [statistics.fmean(values) for values in known if values]
     axes.plot(steps, means, color=color, lw=2.2, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", fontsize=8)
@@ -169,7 +168,7 @@ def page(rows: Sequence[Row]) -> str:
 
 ![Rewards and entropies of the arms](aepo-curves.png)
 
-`python -m bench.aepo_curves` trains `{setup["model"]}` from `recipes/{setup["recipe"]}.yaml`:
+`python -m bench.aepo_curves` trains `{setup["model"]}` by the recipe `{setup["recipe"]}`:
 {setup["steps"]} steps of {setup["prompts"]} prompts with {setup["group_size"]} answers, learning \
 rate {setup["learning_rate"]:g}, temperature {setup["temperature"]:g}, on
 {setup["device"]}. The arms are `grpo` (advantages over the std of the group), `task` (over the \

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from qwenlong.config import Recipe, load_recipe, recipe_from
 from qwenlong.errors import InputError
 from qwenlong.storage import read_jsonl
 
+DOCS = Path(__file__).parents[2] / "docs"
 QUIET = Console(quiet=True)
 SMALL = {
     "name": "small-curves",
@@ -229,3 +231,14 @@ def test_the_committed_recipe():
     recipe = load_recipe(RECIPE)
     assert recipe.data.tasks[0].options["forms"] == ["value", "sentence"]
     assert recipe.batch.prompts >= 4 and recipe.aepo is None
+
+
+def test_the_committed_page_and_bounds_follow_from_the_committed_curves():
+    rows = list(read_jsonl(DOCS / "aepo-curves.jsonl"))
+    assert (DOCS / "aepo-curves.md").read_text() == page(rows)
+    setup, calibration = rows[:2]
+    assert bounds_of(calibration["entropy"]) == (setup["low"], setup["high"])
+    arms = {(row["arm"], row["seed"]): row["drops"] for row in rows[2:]}
+    assert list(arms) == [(arm, s) for s in setup["seeds"] for arm in ("grpo", "task", "task+aepo")]
+    for (arm, _), drops in arms.items():
+        assert set(drops) == ({0, 1} if arm == "task+aepo" else {0})
