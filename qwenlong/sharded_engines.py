@@ -118,13 +118,15 @@ def materialise(
 class ShardedEngine(Engine):
     """What FSDP2 and DeepSpeed have in common.
 
-    ``_named`` has all parameters by the names of ``policy.model``, tied ones once; ``_whole`` gives
-    one of them, collectively.
+    Each has ``_named``, all parameters by the names of ``policy.model``, tied ones once;
+    ``_weights``, how files store those that belong to no adapter; and ``_whole``, which gives one
+    parameter, fp32 on the engine's device, in a collective call.
     """
 
     lockstep = True
     _named: dict[str, nn.Parameter]
     _weights: dict[str, Weight]
+    _whole: Callable[[nn.Parameter], torch.Tensor]
 
     def __init__(self, recipe: Recipe, folder: str | Path):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -140,10 +142,6 @@ class ShardedEngine(Engine):
                 "N -m qwenlong.cli train ..."
             )
         return cls(recipe, folder, adapter)
-
-    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
-        """All of a parameter, fp32, on the engine's device. A collective call."""
-        raise TypeError(f"{type(self).__name__} gathers no parameter")
 
     @torch.no_grad()
     def _merged(self, name: str) -> torch.Tensor:

@@ -43,6 +43,13 @@ class FileEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         pass
 
     def start_weight_update(self) -> None:
+        for layer in self.model.modules():
+            method = getattr(layer, "quant_method", None)
+            experts = getattr(layer, "w13_weight", None)
+            if hasattr(method, "moe_kernel") and experts is not None and experts.is_cpu:
+                # vLLM 0.32 on the CPU packs experts only while it makes their kernel, and would
+                # read new ones, which are not packed, as if they were, without an error.
+                method.moe_kernel = None
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:

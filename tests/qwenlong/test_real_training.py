@@ -7,12 +7,14 @@ they agree with the trainer's to 2e-3 nats, and one update moves them by more th
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from qwenlong.llm import RetryPolicy
 from qwenlong.metrics import METRICS_FILE, read_metrics
 from qwenlong.rollout.vllm import VllmRollouts
 from qwenlong.train_command import run_stage
+from tests.qwenlong.test_engines import save_moe
 from tests.qwenlong.test_real_rollouts import ROOT, PolicyServer, make_model
 from tests.qwenlong.train_runs import NoPicture, kill_after, start, tiny_recipe
 
@@ -51,8 +54,8 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
+@contextlib.contextmanager
+def serving(model: Path, folder: Path) -> Iterator[PolicyServer]:
     python = os.environ.get("QL_VLLM_PYTHON")
     if not python:
         pytest.skip(
@@ -62,13 +65,18 @@ def server(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
-        folder = tmp_path_factory.mktemp("server")
         made = PolicyServer(str(Path(python).absolute()), model, folder)
         try:
             made.start()
             yield made
         finally:
             made.stop()
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with serving(model, tmp_path_factory.mktemp("server")) as made:
+        yield made
 
 
 def recipe_of(model, server, tmp_path, *, max_new_tokens=24, **changes):
@@ -117,8 +125,7 @@ def of_model(model) -> torch.Tensor:
     return logprobs.gather(1, ids[0, 1:, None])[:, 0]
 
 
-@pytest.fixture
-def updates(server, monkeypatch):
+def record(server, monkeypatch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     """``(step, of the trainer, of the server)`` of every update in this process."""
     found, original = [], VllmRollouts.sync_weights
 
@@ -130,6 +137,11 @@ def updates(server, monkeypatch):
 
     monkeypatch.setattr(VllmRollouts, "sync_weights", recording)
     return found
+
+
+@pytest.fixture
+def updates(server, monkeypatch):
+    return record(server, monkeypatch)
 
 
 def check_updates(updates, steps) -> None:
@@ -158,6 +170,24 @@ def test_every_step_samples_from_the_weights_of_the_step_before(model, server, t
     check_finished(tmp_path / "run", 3)
     torch.testing.assert_close(updates[0][1], of_model(loaded(model)), rtol=0, atol=1e-5)
     assert not list((tmp_path / "weights").iterdir())
+
+
+def test_a_mixture_of_experts(tmp_path, monkeypatch):
+    """Its experts are stacked in the trainer, apart in the file, and packed by the server."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
+    folder = save_moe(tmp_path / "moe", **sizes)
+    model = loaded(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    with serving(folder, tmp_path) as server:
+        found = record(server, monkeypatch)
+        run_here(recipe_of(folder, server, tmp_path), tmp_path / "run")
+    check_updates(found, [0, 1, 2])
+    check_finished(tmp_path / "run", 3)
 
 
 @pytest.mark.parametrize("update_is_open", [False, True])
