@@ -104,9 +104,6 @@ class Client:
         """``n`` completions, with sample indices ``request.sample_index`` and on."""
         return self._submit(self._samples(request, n)).result()
 
-    async def asample(self, request: Request, n: int) -> list[Completion]:
-        return await asyncio.wrap_future(self._submit(self._samples(request, n)))
-
     async def generate_many(
         self,
         requests: Iterable[Request],
