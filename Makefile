@@ -24,7 +24,8 @@ test-real: env-test
 # Inside verl's own trainer on the CPU, in an environment of its own (.venv-verl, 2 GB).
 test-verl:
 	@PYTHON="$(PYTHON)" scripts/verl_env.sh .venv-verl
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -q tests/qwenlong/integrations/test_verl*.py
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -q --disable-warnings \
+		tests/qwenlong/integrations/test_verl*.py
 
 lint: env-test
 	$(PY) -m ruff check .

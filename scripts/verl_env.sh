@@ -7,7 +7,7 @@
 #   .venv-verl/bin/python -m pytest tests/qwenlong/integrations/test_verl*.py
 #
 # About 2 GB. An environment of its own, because verl wants an older transformers. A run that finds
-# nothing to do takes no time; one that follows an interrupted run begins again.
+# nothing to do takes seconds; one that follows an interrupted run begins again.
 set -euo pipefail
 
 [ $# -eq 1 ] || { echo "usage: scripts/verl_env.sh FOLDER" >&2; exit 2; }
@@ -16,14 +16,35 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 torch=2.13.0
 verl=0.9.1
-key="$torch $verl $(cksum <pyproject.toml) $(cksum <scripts/verl_env.sh) $PWD"
+key="$torch $verl $(cksum <scripts/verl_env.sh)"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 
 say() { echo "verl: $*"; }
 fail() { echo "verl: $*" >&2; exit 1; }
 
+# This package from its sources, with its entry point, and nothing compiled again. Each time, as the
+# sources may have moved or changed what they ask for.
+add_package() {
+    "$venv/bin/python" - >/dev/null <<'PY'
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import build_meta
+
+site = Path(sysconfig.get_path("purelib"))
+for old in site.glob("qlkernels-*.dist-info"):
+    shutil.rmtree(old)
+with tempfile.TemporaryDirectory() as folder:
+    name = build_meta.prepare_metadata_for_build_wheel(folder)
+    shutil.move(Path(folder, name), site / name)
+(site / "qlkernels.pth").write_text(f"{Path.cwd()}\n")
+PY
+}
+
 [ "$(uname -s)" = Linux ] || fail "needs Linux"
-[ "$(cat "$venv/.verl-installed" 2>/dev/null)" = "$key" ] && exit 0
+[ "$(cat "$venv/.verl-installed" 2>/dev/null)" = "$key" ] && { add_package; exit 0; }
 if [ -e "$venv" ]; then
     # Only what this script made is removed.
     [ -e "$venv/.verl-env" ] || fail "$venv exists and was not made by this script; name another folder"
@@ -61,23 +82,8 @@ say "installing what it needs; pip will name the packages left out as conflicts,
 "${pip[@]}" "torch==$torch+cpu" -r "$venv/requirements.txt" "TransferQueue>=0.1.10" cachetools \
     uvicorn fastapi 'setuptools>=77' 'pybind11>=3.0' 'pytest>=8'
 
-# This package from its sources, with its entry point, and nothing compiled again.
-"$venv/bin/python" - >/dev/null <<'PY'
-import shutil
-import sysconfig
-import tempfile
-from pathlib import Path
-
-from setuptools import build_meta
-
-site = Path(sysconfig.get_path("purelib"))
-with tempfile.TemporaryDirectory() as folder:
-    name = build_meta.prepare_metadata_for_build_wheel(folder)
-    shutil.move(Path(folder, name), site / name)
-(site / "qlkernels.pth").write_text(f"{Path.cwd()}\n")
-PY
-
-"$venv/bin/python" -c '
+add_package
+"$venv/bin/python" -W ignore -c '
 import torch, verl
 from verl.trainer.ppo.v1 import get_trainer_cls
 get_trainer_cls("qwenlong_sync")

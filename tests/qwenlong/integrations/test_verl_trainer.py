@@ -34,6 +34,7 @@ def found(tmp_path_factory) -> dict:
         cwd=folder,
         capture_output=True,
         text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads((folder / "found.json").read_text())
@@ -154,6 +155,18 @@ def test_decisions_are_those_of_the_controller(found, case):
         positive = advantages[0]
         assert positive > 0.8
         assert advantages == pytest.approx([positive, -positive * (not dropping)] * 2, abs=1e-6)
+
+
+def test_a_batch_without_a_token_changes_no_decision(found):
+    """Masked entropies may be NaN."""
+    after = found["nothing_to_train_on"]
+    assert after["metrics"]["aepo/dropping"] == 1 and "aepo/entropy" not in after["metrics"]
+    assert after["state"] == {"dropping": True, "last_entropy": pytest.approx(0.3)}
+
+
+def test_a_process_of_ray_knows_the_trainer(found):
+    """Through the entry point: verl's driver is such a process."""
+    assert found["bases_in_ray"] == ["TaskPPOTrainerSync", "_Hooks", "PPOTrainerSync"]
 
 
 def test_what_cannot_work_is_refused(found):

@@ -9,6 +9,7 @@ import sys
 import uuid
 from pathlib import Path
 
+import ray
 import torch
 import transfer_queue as tq
 import verl_runs
@@ -50,7 +51,7 @@ def decisions(folder: Path, series: list[float], mode: str, *changes: str) -> di
     return {"dropping": dropping, "advantages": advantages}
 
 
-def put_batch(entropy: float) -> KVBatchMeta:
+def put_batch(entropy: float, is_trained_on: bool = True) -> KVBatchMeta:
     """One prompt with rewards 1, 0, 1, 0 and answers of 1 to 4 tokens, all of this entropy."""
     uid = uuid.uuid4().hex
     keys, fields = [], []
@@ -59,7 +60,7 @@ def put_batch(entropy: float) -> KVBatchMeta:
         keys.append(f"{uid}_{i}_0")
         fields.append(
             {
-                "uid": uid, "data_source": "needle", "response_mask": ones.long(),
+                "uid": uid, "data_source": "needle", "response_mask": ones.long() * is_trained_on,
                 "rm_scores": torch.cat([torch.zeros(i), torch.tensor([1.0 - i % 2])]),
                 "entropy": ones.double() * entropy, "old_log_probs": -ones,
             }
@@ -69,6 +70,23 @@ def put_batch(entropy: float) -> KVBatchMeta:
         keys=keys, partition_id="train", fields=tu.list_of_dict_to_tensordict(fields), tags=tags
     )
     return KVBatchMeta(partition_id="train", keys=keys, tags=tags)
+
+
+def nothing_to_train_on(folder: Path) -> dict:
+    """Metrics of a batch whose tokens are all masked, after one of high entropy; the last state."""
+    settings = verl_runs.config(folder, "algorithm.adv_estimator=grpo")
+    trainer, metrics = get_trainer_cls("qwenlong_sync")(settings), {}
+    trainer._compute_advantage(put_batch(0.3), {})
+    trainer._compute_advantage(put_batch(float("nan"), is_trained_on=False), metrics)
+    return {"metrics": metrics, "state": trainer._controller.state_dict()}
+
+
+@ray.remote(num_cpus=0)  # the TransferQueue has them all
+def bases_in_ray() -> list[str]:
+    """What the name stands for in a process of Ray, where nothing of ours was imported."""
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    return [cls.__name__ for cls in get_trainer_cls("qwenlong_sync").__mro__[:3]]
 
 
 def several_advantages(folder: Path) -> str:
@@ -129,6 +147,8 @@ def main(folder: Path) -> None:
         for mode in ("latch", "above-high", "band")
         for source in ("scoring_pass", "previous_step")
     ]
+    found["nothing_to_train_on"] = nothing_to_train_on(folder)
+    found["bases_in_ray"] = ray.get(bases_in_ray.remote(), timeout=120)
     found["several_advantages"] = several_advantages(folder)
     found["missing_task"] = missing_task(folder)
     (folder / "found.json").write_text(json.dumps(found))
