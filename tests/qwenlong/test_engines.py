@@ -21,7 +21,7 @@ from qwenlong.metrics import METRICS_FILE, read_metrics
 from qwenlong.run_setup import ENGINES, ROLLOUTS, build_run
 from qwenlong.tiny import tiny_tokenizer
 from qwenlong.train_command import run_stage
-from tests.qwenlong.train_runs import make_model, tiny_recipe
+from tests.qwenlong.train_runs import NoPicture, make_model, tiny_recipe
 from tests.qwenlong.vllm_server import FakeVllm, serving
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +139,8 @@ def test_fsdp2_equals_one_process(model, one, tmp_path):
 
 
 @pytest.fixture
-def one_rank():
+def one_rank(monkeypatch):
+    monkeypatch.setattr("qwenlong.train_command.Dashboard", NoPicture)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
