@@ -16,15 +16,17 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def is_watched(*inputs: object) -> bool:
     """Whether the call must be seen as one op: by torch.compile or FX, by a dispatch mode (fake
-    tensors, selective checkpointing, FLOP counters), by torch.func or by a tensor subclass.
+    tensors, selective checkpointing, FLOP counters), by torch.func, by a tensor subclass or by
+    ``torch.autograd.grad(..., is_grads_batched=True)``, whose batches are not seen by torch.func.
     """
     if torch.compiler.is_compiling():
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
     for x in inputs:
-        if isinstance(x, torch.Tensor) and type(x) not in _PLAIN:
-            return True
+        if isinstance(x, torch.Tensor):
+            if type(x) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(x):
+                return True
     return False
 
 

@@ -202,7 +202,8 @@ def _autograd_backward(ctx, dout, *_others):
         operands = (dout.contiguous(), x, ids, weights, w_gate_up, w_down, saved)
         needs = [needs_dx, *needs_dw]
         # with gradients on, the op is there to refuse a second backward
-        if not (torch.is_grad_enabled() or is_watched(dout, x, *ctx.buffers)):
+        watched = is_watched(*operands[:6], *ctx.buffers)
+        if not (torch.is_grad_enabled() or watched):
             dx, dweights, dw1, dw2 = _run_backward(*operands, ctx.buffers, *ctx.options, needs)
             if ctx.buffers[0] is not None:
                 torch.autograd.graph.increment_version(ctx.buffers)

@@ -129,6 +129,37 @@ def test_who_watches():
     assert watched(x).tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("name", ["logprob_entropy", "moe_route"])
+def test_a_jacobian_from_batched_gradients(name):
+    """Those batches are no business of torch.func, which sees plain tensors."""
+    run = dict(
+        logprob_entropy=lambda x: logprob_entropy(x, torch.arange(T)).logprobs,
+        moe_route=lambda x: moe_route(x, 3).topk_weights.flatten(),
+    )[name]
+    x = torch.randn(T, V, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = run(x)
+    rows = torch.eye(y.numel())
+    (got,) = torch.autograd.grad(y, x, rows, retain_graph=True, is_grads_batched=True)
+    want = [torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in rows]
+    assert torch.equal(got, torch.stack(want))
+
+
+def test_weights_of_a_subclass_make_the_backward_of_the_experts_one_op():
+    class Weight(torch.Tensor):
+        pass
+
+    g = torch.Generator().manual_seed(0)
+    x, ids = torch.randn(T, H, generator=g, requires_grad=True), torch.zeros(T, 1, dtype=torch.long)
+    up, down = torch.randn(1, 12, H, generator=g), torch.randn(1, H, 6, generator=g)
+    outs = [moe_mlp(x, ids, torch.ones(T, 1), w, down) for w in (up, up.as_subclass(Weight))]
+    names = []
+    for out in outs:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out.sum().backward()
+        names.append({event.name for event in profile.events()})
+    assert ["qlkernels::moe_mlp_bwd" in found for found in names] == [False, True]
+
+
 def test_selective_checkpointing_can_keep_the_scores():
     run, x = case("logprob_entropy")
     kept = []
