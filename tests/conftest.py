@@ -4,7 +4,9 @@ compiler.
 
 import os
 import re
+import signal
 import sys
+import threading
 
 
 def _wants_compiler() -> bool:
@@ -13,6 +15,12 @@ def _wants_compiler() -> bool:
     chosen = re.findall(r"(?:^| )(?:-m ?|--markexpr[= ])([^-].*?)(?= -|$)", words)
     return any(re.search(r"(?<!not )\b(gpu|aot)\b", expression) for expression in chosen)
 
+
+# A shell starts what it leaves in the background with Ctrl-C ignored, and the commands that tests
+# interrupt would inherit that.
+if threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not _wants_compiler() and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ.setdefault("TRITON_INTERPRET", "1")
