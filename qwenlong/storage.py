@@ -115,13 +115,27 @@ class JsonlAppender:
         self.close()
 
 
+_held: set[IO[bytes]] = set()
+
+
+def _leave_to_parent() -> None:
+    """A forked child has its parent's open files, and would hold the locks after its parent."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 @contextlib.contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """Keep ``folder`` for the block: made if there is none, and nobody else's until the end.
 
     An advisory ``flock`` on ``folder/.lock``, which says who holds it. The system frees it when the
-    process ends, killed or not, so that a file that was left behind locks nobody out. It does not
-    nest: a second lock in the same process is refused as another process's is.
+    process ends, killed or not, so that a file that was left behind locks nobody out; children that
+    it forked hold nothing. It does not nest: a second lock in the same process is refused as
+    another process's is.
 
     Raises:
         InputError: another holds it (with its process), or the folder cannot be written.
@@ -132,15 +146,19 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     if not is_new and not folder.is_dir():
         raise InputError(f"{folder} is a file; --out takes a folder.")
     file = _locked_file(folder, path)
+    _held.add(file)
     try:
         yield
     finally:
-        with file:
-            if _is_at(file, path):  # not where the folder was renamed, and a new one has its name
-                path.unlink()
-                if is_new:
-                    with contextlib.suppress(OSError):  # of a block that wrote something
-                        folder.rmdir()
+        _held.discard(file)
+        if not file.closed:  # as it is in a forked child
+            with file:
+                # not where the folder was renamed, and a new one has its name
+                if _is_at(file, path):
+                    path.unlink()
+                    if is_new:
+                        with contextlib.suppress(OSError):  # of a block that wrote something
+                            folder.rmdir()
 
 
 def _locked_file(folder: Path, path: Path) -> IO[bytes]:

@@ -1,8 +1,10 @@
 """One process a folder: locks that say who holds them and end with their process."""
 
+import contextlib
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +119,52 @@ def test_a_lock_that_its_holder_took_away_is_no_lock(tmp_path, monkeypatch):
         assert len(calls) == 2
         with pytest.raises(InputError, match="in use"), lock_folder(tmp_path):
             pass
+
+
+FORKS = """
+import os, sys, time
+from qwenlong.storage import lock_folder
+with lock_folder(sys.argv[1]):
+    if not os.fork():
+        print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_process(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", FORKS, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(InputError, match=f"in use by process {holder.pid} on"):
+            with lock_folder(folder):
+                pass
+        holder.kill()
+        holder.wait()
+        with lock_folder(folder):
+            pass
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+        holder.stdout.close()
+        holder.wait()
+
+
+def test_a_forked_child_that_leaves_the_block_frees_nothing(tmp_path):
+    block = lock_folder(tmp_path / "run")
+    with block:
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                block.__exit__(None, None, None)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert (tmp_path / "run" / LOCK_NAME).exists()
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()} on"):
+            with lock_folder(tmp_path / "run"):
+                pass
 
 
 @pytest.mark.parametrize("number, reason", [(errno.ENOSYS, "not"), (errno.ENOLCK, "locks")])
