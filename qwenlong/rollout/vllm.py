@@ -360,14 +360,14 @@ def _claim(folder: Path, session: str) -> IO[str]:
     """Delete the weights of trainers that were killed, whose locks are free; take a lock."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("policy-*.lock"):
-        with open(path, "a") as lock:
-            try:
+        try:
+            with open(path, "a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue
-            for left in folder.glob(f"{path.stem}-step-*"):
-                left.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+                for left in folder.glob(f"{path.stem}-step-*"):
+                    left.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+        except OSError:  # in use, or another user's
+            continue
     lock = open(folder / f"policy-{session}.lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     return lock

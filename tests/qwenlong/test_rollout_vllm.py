@@ -180,6 +180,16 @@ def test_weights_of_a_killed_trainer_are_deleted(server, rollouts, tmp_path):
     assert left == ["policy-live-step-1.x", "policy-live.lock"]
 
 
+def test_a_lock_that_cannot_be_opened_leaves_the_weights_locked(server, rollouts, tmp_path):
+    """Like that of another user; the folder is shared."""
+    folder = tmp_path / "weights"
+    (folder / "policy-other.lock").mkdir(parents=True)
+    rollouts.sync_weights(Policy(0.25), 1)
+    assert len(list(folder.glob("policy-*.lock"))) == 2
+    rollouts.close()
+    assert [path.name for path in folder.iterdir()] == ["policy-other.lock"]
+
+
 def test_an_update_that_a_killed_trainer_left_open_is_ended(server, rollouts):
     server.is_updating = True
     rollouts.sync_weights(Policy(0.25), 1)
