@@ -263,13 +263,16 @@ def draw_demo(result: dict[str, Any], metrics_path: Path, out_png: Path) -> None
             color=("#9fb8cc", "#1b6ca8")[i],
             label=f"{when} the training",
         )
-    names = [row["task"] + ("" if row["temperature"] else "\nmost likely answer") for row in rows]
-    left.set_xticks(range(len(rows)), names, fontsize=8)
+    names = [f"{row['task']}\nat {row['temperature']:g}" for row in rows]
+    left.set_xticks(range(len(rows)), names, fontsize=7)
     left.set_ylim(0, 1.2)  # room for the legend above full reward
-    left.set_title(f"{result['prompts']} held-out prompts, 95 %", loc="left", fontsize=9)
+    left.set_title(
+        f"{result['prompts']} held-out prompts, by temperature, 95 %", loc="left", fontsize=9
+    )
     left.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     metrics = read_metrics(metrics_path)
-    for i, task in enumerate(row["task"] for row in rows if row["task"] != "all"):
+    tasks = dict.fromkeys(row["task"] for row in rows if row["task"] != "all")
+    for i, task in enumerate(tasks):
         name = f"reward/{task}"
         found = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
         right.plot(*zip(*found, strict=True), color=("#b8532a", "#4f8f46")[i % 2], label=task)
