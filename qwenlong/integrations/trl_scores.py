@@ -7,15 +7,14 @@ ours there; losses, masks and metrics stay TRL's.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch
 
 from qlkernels import linear_logprob, logprob_entropy
+from qwenlong.integrations.versions import require_version
 
 WORKS_WITH = ((1, 16), (1, 17))  # from, and below
-_RANGE = "trl>=1.16,<1.17"
 # the function from hidden states; its statistics that are ours
 _HEAD, _LOGITS, _IS_FOR_LOGITS = (
     "_ChunkedLogProbFunction",
@@ -34,16 +33,7 @@ def require_trl() -> ModuleType:
     Raises:
         ImportError: there is no TRL, or it is another version; names the range.
     """
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        raise ImportError(f"TRL is not installed; run: pip install '{_RANGE}'") from None
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if not WORKS_WITH[0] <= numbers < WORKS_WITH[1]:
-        raise ImportError(
-            f"TRL {found} is installed, and this integration works with {_RANGE}: it replaces "
-            f"private functions; run: pip install '{_RANGE}'"
-        )
+    require_version("trl", "TRL", WORKS_WITH, "replaces private functions")
     import trl.trainer.utils
 
     return trl.trainer.utils

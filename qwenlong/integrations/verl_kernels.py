@@ -9,16 +9,15 @@ own backends stay what they are.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch
 
 from qlkernels import linear_logprob
+from qwenlong.integrations.versions import require_version
 
 BACKEND = "qwenlong"
 WORKS_WITH = ((0, 9, 1), (0, 10))  # from, and below
-_RANGE = "verl>=0.9.1,<0.10"
 
 _originals: list[tuple[ModuleType, str, object]] = []  # while patched
 _depth = 0
@@ -30,16 +29,7 @@ def require_verl() -> None:
     Raises:
         ImportError: there is no verl, or it is another version; names the range.
     """
-    try:
-        found = version("verl")
-    except PackageNotFoundError:
-        raise ImportError(f"verl is not installed; run: pip install '{_RANGE}'") from None
-    numbers = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
-    if not WORKS_WITH[0] <= numbers < WORKS_WITH[1]:
-        raise ImportError(
-            f"verl {found} is installed, and this integration works with {_RANGE}: it builds on "
-            f"methods that verl may change; run: pip install '{_RANGE}'"
-        )
+    require_version("verl", "verl", WORKS_WITH, "builds on methods that verl may change")
 
 
 class VerlPatch:

@@ -15,7 +15,7 @@ from trl.trainer import utils as trl_utils  # noqa: E402
 from trl_runs import GROUP, dataset, logged, run, settings, tiny_model, vowels  # noqa: E402
 
 from qwenlong.advantages import group_advantages  # noqa: E402
-from qwenlong.integrations import trl_prefix, trl_scores  # noqa: E402
+from qwenlong.integrations import trl_prefix, trl_scores, versions  # noqa: E402
 from qwenlong.integrations.trl import (  # noqa: E402
     STATE_FILE,
     AEPOGRPOConfig,
@@ -127,7 +127,7 @@ def test_importing_patches_nothing():
 
 @pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.0.0.dev0", "0.24.0"])
 def test_other_versions_are_refused(found, monkeypatch):
-    monkeypatch.setattr(trl_scores, "version", lambda name: found)
+    monkeypatch.setattr(versions, "version", lambda name: found)
     with pytest.raises(ImportError, match=r"works with trl>=1\.16,<1\.17"):
         patch_trl()
     assert names()[0] is not trl_scores._Head
@@ -135,9 +135,9 @@ def test_other_versions_are_refused(found, monkeypatch):
 
 def test_without_trl(monkeypatch):
     def missing(name):
-        raise trl_scores.PackageNotFoundError(name)
+        raise versions.PackageNotFoundError(name)
 
-    monkeypatch.setattr(trl_scores, "version", missing)
+    monkeypatch.setattr(versions, "version", missing)
     with pytest.raises(ImportError, match="pip install 'trl>=1.16,<1.17'"):
         patch_trl()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenlong.integrations import verl_kernels
+from qwenlong.integrations import verl_kernels, versions
 
 ROOT = Path(__file__).parents[3]
 CORE = """
@@ -100,7 +100,7 @@ def test_patch_verl_refuses_other_versions(version, monkeypatch):
             raise PackageNotFoundError
         return version
 
-    monkeypatch.setattr(verl_kernels, "version", installed)
+    monkeypatch.setattr(versions, "version", installed)
     words = f"verl {version} is" if version else "verl is not installed"
     with pytest.raises(ImportError, match=f"{words}.*verl>=0.9.1,<0.10"):
         verl_kernels.patch_verl()
