@@ -270,38 +270,44 @@ class FSDP2Engine(ShardedEngine):
         (loss * self.world_size).backward()
 
     def save_optimizer(self, folder: Path) -> None:
-        """A file a rank: its rows of Adam's averages, and how many updates they have seen."""
-        state = self._optimizer.state
+        """A file a rank: its rows of Adam's averages, and how many updates each has seen.
+
+        A parameter that never had a gradient is in none of them.
+        """
         tensors = {}
         for name, parameter in self._named.items():
-            for key in _AVERAGES:
-                if parameter in state:
-                    tensors[f"{key}.{name}"] = state[parameter][key].to_local()
-        steps = [float(values["step"]) for values in state.values()]
-        tensors["step"] = torch.tensor([max(steps, default=0.0)])
+            if state := self._optimizer.state.get(parameter):
+                tensors[f"step.{name}"] = state["step"].reshape(1)
+                for key in _AVERAGES:
+                    tensors[f"{key}.{name}"] = state[key].to_local()
         weights = {name: Weight(tuple(t.shape), (name,)) for name, t in tensors.items()}
         WeightStream(weights, tensors.__getitem__).save(
             folder, torch.float32, file=_optimizer_file(self.rank)
         )
 
     def load_optimizer(self, folder: Path) -> None:
-        """Of any number of ranks: a shard takes its rows from the files that have them."""
+        """Of any number of ranks: a shard takes its rows from the files that have them.
+
+        Raises:
+            InputError: no files, or they are not those of this model's optimizer.
+        """
         files = []
         while (file := folder / _optimizer_file(len(files))).is_file():
             files.append(Checkpoint(folder, read_header(file), tied=False))
         if not files:
             raise InputError(f"{folder} holds no optimizer of engine.kind fsdp2.")
-        step = float(files[0].read("step", 0, 1))
-        if not step:  # saved before the first update
-            return
         for name, parameter in self._named.items():
-            if not parameter.requires_grad:
+            keys = [f"{key}.{name}" for key in ("step", *_AVERAGES)]
+            known = sum(key in file.entries for file in files for key in keys)
+            if not known:  # no gradient before it was saved
                 continue
+            if known < len(files) * len(keys) or not parameter.requires_grad:
+                raise _foreign_optimizer(folder, name)
             state = self._optimizer.state[parameter]
-            state["step"] = torch.tensor(step)
-            for key in _AVERAGES:
+            state["step"] = files[0].read(keys[0], 0, 1).reshape(())
+            for key, stored in zip(_AVERAGES, keys[1:], strict=True):
                 state[key] = torch.zeros_like(parameter)
-                self._read_rows(files, f"{key}.{name}", parameter, state[key].to_local())
+                self._read_rows(files, stored, parameter, state[key].to_local())
 
     def _read_rows(
         self, files: list[Checkpoint], name: str, parameter: nn.Parameter, out: torch.Tensor
@@ -317,7 +323,7 @@ class FSDP2Engine(ShardedEngine):
                 read_elements(file, Weight(shape, (name,)), first - start, target)
             start += size
         if start != parameter.numel():
-            raise InputError(f"{files[0].folder}: the optimizer's {name} is not that of the model.")
+            raise _foreign_optimizer(files[0].folder, name)
 
 
 _AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -325,6 +331,13 @@ _AVERAGES = ("exp_avg", "exp_avg_sq")
 
 def _optimizer_file(rank: int) -> str:
     return f"optimizer-{rank}.safetensors"
+
+
+def _foreign_optimizer(folder: Path, name: str) -> InputError:
+    return InputError(
+        f"{folder}: the optimizer's {name} is not that of the model, or not whole; go on from "
+        "another checkpoint."
+    )
 
 
 # --- DeepSpeed ---------------------------------------------------------------

@@ -21,6 +21,7 @@ from qwenlong.metrics import METRICS_FILE, read_metrics
 from qwenlong.run_setup import ENGINES, ROLLOUTS, build_run
 from qwenlong.tiny import tiny_tokenizer
 from qwenlong.train_command import run_stage
+from tests.qwenlong.optimizer_worker import LATE, NEVER, whole_state
 from tests.qwenlong.train_runs import NoPicture, make_model, tiny_recipe
 from tests.qwenlong.vllm_server import FakeVllm, serving
 
@@ -203,6 +204,37 @@ def test_a_server_gets_the_same_weights_from_shards(kind, lora, request, tmp_pat
         torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-6)
     query = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(whole[query], stored[query].float()) == (lora is None)
+
+
+def test_the_optimizer_of_two_ranks_is_loaded_by_one(model, tmp_path, one_rank):
+    """The worker loads it on two. A parameter without a gradient has no state, one that had fewer
+    updates has counted fewer.
+    """
+    recipe = recipe_of(model, engine={"kind": "fsdp2"})
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    launch("optimizer_worker", tmp_path / "recipe.json", tmp_path, processes=2)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert {name: float(saved[f"step.{name}"]) for name in (LATE, "model.norm.weight")} == {
+        LATE: 1.0,
+        "model.norm.weight": 2.0,
+    }
+    assert not [name for name in saved if NEVER in name]
+    engine = ENGINES["fsdp2"].load(recipe, model)
+    engine.load_optimizer(tmp_path)
+    loaded = whole_state(engine)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+    # What only one of the two ranks has is no optimizer; nor is a part of the ranks.
+    file = tmp_path / "optimizer-1.safetensors"
+    rows = load_file(file)
+    for lost in ("step", "exp_avg_sq"):
+        save_file({k: v for k, v in rows.items() if k != f"{lost}.{LATE}"}, file)
+        with pytest.raises(InputError, match=f"{LATE} is not that of the model, or not whole"):
+            ENGINES["fsdp2"].load(recipe, model).load_optimizer(tmp_path)
+    file.unlink()
+    with pytest.raises(InputError, match="is not that of the model, or not whole"):
+        ENGINES["fsdp2"].load(recipe, model).load_optimizer(tmp_path)
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_by_name(moe, tmp_path, one_rank):
