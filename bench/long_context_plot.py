@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.results import Row
+from bench.results import Row, latest
 
 _OURS = ("#b3261e", "#e8710a", "#7b1fa2", "#c2185b")
 _PEERS = ("#546e7a", "#1e88e5")
@@ -26,7 +26,7 @@ _PARTS = {
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """Draw the rows of one run as a PNG.
+    """Draw the rows of one model as a PNG.
 
     Args:
         rows: of ``bench.long_context``, ceilings among them or not.
@@ -46,9 +46,11 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     _bars(axes[1, 1], own, colors)
     if own:
         one = own[0]
+        runs = list(dict.fromkeys(row.run for row in own))
+        named = f"run{'s' * (len(runs) > 1)} {', '.join(runs)}"
         figure.suptitle(
             f"Scoring with {one.size('model')}, {one.size('layers')} layers, random weights, "
-            f"{one.dtype} on {one.gpu} (run {one.run})",
+            f"{one.dtype} on {one.gpu} ({named})",
             x=0.01, ha="left", fontsize=11,
         )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +65,14 @@ def draw_file(path: Path, rows: Sequence[Row], run: str | None = None) -> list[P
     Args:
         path: of the CSV file.
         rows: all of its rows.
-        run: a run id; the last one with the model if None.
+        run: a run id; the last measurement of every case and length if None.
     """
-    own = [row for row in rows if row.op == "scorer" and run in (None, row.run)]
-    last = {row.size("model"): row.run for row in own}
+    runs = [*latest(rows, "scorer", run), *latest(rows, "scorer_part", run)]
+    chosen = [row for own in runs for row in own]
+    models = dict.fromkeys(row.size("model") for row in chosen if row.op == "scorer")
     return [
-        draw([row for row in rows if row.run == found], picture_path(path, model))
-        for model, found in last.items()
+        draw([row for row in chosen if row.size("model") == model], picture_path(path, model))
+        for model in models
     ]
 
 

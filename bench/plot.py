@@ -42,12 +42,10 @@ def _series(row: Row) -> tuple[str, str, str]:
     return row.case, row.dtype, rest
 
 
-def plot_op(op: str, rows: Sequence[Row], path: Path) -> Path:
-    """One column per case and shape (but for T). Rows are of one run: the op's own and the
-    ceilings.
-    """
-    roof = Roof.of(rows)
-    own = [row for row in rows if row.op == op]
+def plot_op(op: str, runs: Sequence[Sequence[Row]], path: Path) -> Path:
+    """One column per case and shape (but for T). ``runs`` hold the op's rows and their ceilings."""
+    roofs = {rows[0].run: Roof.of(rows) for rows in runs}
+    own = [row for rows in runs for row in rows if row.op == op]
     panels: dict[tuple[str, str, str], list[Row]] = {}
     for row in own:
         panels.setdefault(_series(row), []).append(row)
@@ -64,7 +62,7 @@ def plot_op(op: str, rows: Sequence[Row], path: Path) -> Path:
     )
     try:
         for column, (key, panel) in enumerate(panels.items()):
-            _panel(axes[0][column], axes[1][column], key, panel, roof, colors, markers)
+            _panel(axes[0][column], axes[1][column], key, panel, roofs, colors, markers)
         axes[0][0].set_ylabel("milliseconds (p20, median, p80)")
         axes[1][0].set_ylabel("% of this machine's measured roof")
         handles = {}
@@ -75,8 +73,9 @@ def plot_op(op: str, rows: Sequence[Row], path: Path) -> Path:
             handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8
         )
         first = own[0]
+        named = "runs " + ", ".join(roofs) if len(roofs) > 1 else f"run {first.run}"
         versions = f"torch {first.torch}" + (f", Triton {first.triton}" if first.triton else "")
-        figure.suptitle(f"{op}: {first.gpu}\n{versions}, run {first.run}", fontsize=11)
+        figure.suptitle(f"{op}: {first.gpu}\n{versions}, {named}", fontsize=11)
         temporary = path.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=130, metadata={"Software": None})
         temporary.replace(path)
@@ -90,7 +89,7 @@ def _panel(
     bottom: Axes,
     key: tuple[str, str, str],
     rows: Sequence[Row],
-    roof: Roof,
+    roofs: dict[str, Roof],
     colors: dict[str, str],
     markers: dict[str, str],
 ) -> None:
@@ -117,10 +116,10 @@ def _panel(
             [max(0.0, r.ms_p80 - r.ms_p50) for r in mine],
         ]
         top.errorbar(T, ms, yerr=spread, label=label, capsize=2, **style)
-        percents = [(t, p) for t, r in zip(T, mine, strict=True) if (p := roof.percent(r))]
+        percents = [(t, p) for t, r in zip(T, mine, strict=True) if (p := roofs[r.run].percent(r))]
         if percents:
             bottom.plot(*zip(*percents, strict=True), **style)
-    floors = {int(r.size("T") or 0): roof.floor_ms(r) for r in rows}
+    floors = {int(r.size("T") or 0): roofs[r.run].floor_ms(r) for r in rows}
     known = [(t, f) for t, f in sorted(floors.items()) if f]
     if known:
         top.plot(*zip(*known, strict=True), color="black", linestyle=":", marker="_", label="roof")

@@ -19,6 +19,9 @@ class BadFile(ValueError):
     """A results file that bench cannot read or append to; the message says which and what to do."""
 
 
+MEASURED = ("weights_mb", "h2d_gbs")  # in the shape of a row, though not chosen
+
+
 @dataclass(frozen=True)
 class Row:
     """One provider at one point. Milliseconds; ``bytes`` and ``useful_flops`` are the least the op
@@ -52,6 +55,12 @@ class Row:
     def size(self, key: str) -> str | None:
         """The value of ``key`` in ``shape``."""
         return dict(pair.split("=", 1) for pair in self.shape.split(";")).get(key)
+
+    @property
+    def point(self) -> tuple[str, ...]:
+        """What was measured; of the shape, not what is itself a measurement."""
+        pairs = [p for p in self.shape.split(";") if p.partition("=")[0] not in MEASURED]
+        return self.op, self.case, ";".join(pairs), self.dtype
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -129,19 +138,22 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def latest(rows: Iterable[Row], op: str, run: str | None = None) -> list[Row]:
-    """Rows of ``op`` in ``run``, by default in the last run that measured it, with that run's
-    ceilings.
+def latest(rows: Iterable[Row], op: str, run: str | None = None) -> list[list[Row]]:
+    """The last measurement of every point of ``op``: rows run by run, the newest first, each with
+    the ceilings of its run. All rows of a point are of one run. ``run`` takes that run only.
     """
-    rows = list(rows)
-    if run is None:
-        runs = [row.run for row in rows if row.op == op]
-        if not runs:
-            return []
-        run = runs[-1]
-    if not any(row.run == run and row.op == op for row in rows):
-        return []
-    return [row for row in rows if row.run == run and row.op in (op, "ceiling")]
+    rows = [row for row in rows if run in (None, row.run)]
+    last = {row.point: row.run for row in rows if row.op == op}
+    return [
+        [
+            row
+            for row in rows
+            if row.run == found
+            and (row.op == "ceiling" if row.op != op else last[row.point] == found)
+        ]
+        for found in reversed(dict.fromkeys(row.run for row in rows))
+        if found in last.values()
+    ]
 
 
 def rate_unit(rows: Iterable[Row], amount: str) -> tuple[str, float]:

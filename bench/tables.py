@@ -53,7 +53,7 @@ def rewrite(text: str, files: dict[str, list[Row]], where: str = "text") -> str:
 
 
 def render(name: str, files: dict[str, list[Row]]) -> str:
-    """Markdown of one block: a table per results file with rows, or a sentence without any."""
+    """Markdown of one block: a table per run that is the last of some point, or a sentence."""
     selector, _, file_pattern = name.partition("@")
     op, _, case_pattern = selector.partition("/")
     blocks = []
@@ -61,10 +61,11 @@ def render(name: str, files: dict[str, list[Row]]) -> str:
     for stem in sorted(files, key=lambda stem: (stem.startswith("cpu-"), stem)):
         if not fnmatch.fnmatchcase(stem, file_pattern or "*"):
             continue
-        rows = latest(files[stem], op)
-        shown = [r for r in rows if r.op == op and fnmatch.fnmatchcase(r.case, case_pattern or "*")]
-        if shown:
-            blocks.append(_table(shown, Roof.of(rows)))
+        for rows in latest(files[stem], op):
+            own = [r for r in rows if r.op == op]
+            shown = [r for r in own if fnmatch.fnmatchcase(r.case, case_pattern or "*")]
+            if shown:
+                blocks.append(_table(shown, Roof.of(rows)))
     if not blocks:
         return f"Not measured yet: `python -m bench {op}` adds the rows."
     return "\n\n".join(blocks)

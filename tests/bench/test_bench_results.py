@@ -68,15 +68,35 @@ def test_a_bad_number_is_named_with_its_line(tmp_path, column, text):
         read_rows(path)
 
 
-def test_latest_takes_one_run_with_its_ceilings():
+def test_latest_takes_the_last_run_of_each_point_with_its_ceilings():
     rows = [*ceilings("r1"), row(), *ceilings("r2"), row(run="r2"), row(run="r2", op="policy_loss")]
     rows += [*ceilings("r3"), row(run="r3", op="policy_loss")]
-    assert {r.run for r in latest(rows, "logprob_entropy")} == {"r2"}
-    assert len(latest(rows, "logprob_entropy")) == 3
-    assert {r.run for r in latest(rows, "policy_loss")} == {"r3"}
-    assert {r.run for r in latest(rows, "logprob_entropy", "r1")} == {"r1"}
+    (only,) = latest(rows, "logprob_entropy")
+    assert {r.run for r in only} == {"r2"} and len(only) == 3
+    assert [r.run for own in latest(rows, "policy_loss") for r in own] == ["r3"] * 3
+    assert {r.run for own in latest(rows, "logprob_entropy", "r1") for r in own} == {"r1"}
     assert latest(rows, "logprob_entropy", "r3") == []
     assert latest(rows, "moe") == []
+
+
+def test_a_run_of_some_cases_keeps_the_others_of_the_run_before():
+    one, two = row(shape="T=1;V=5"), row(shape="T=2;V=5")
+    rows = [*ceilings("r1"), one, two, row(shape="T=2;V=5", impl="trl-1.0", peer_scope="same")]
+    rows += [*ceilings("r2"), row(run="r2", shape="T=2;V=5"), row(run="r2", case="fwd_bwd")]
+    new, old = latest(rows, "logprob_entropy")
+    assert [(r.run, r.case, r.shape) for r in new if r.op != "ceiling"] == [
+        ("r2", "fwd", "T=2;V=5"), ("r2", "fwd_bwd", rows[-1].shape)
+    ]  # fmt: skip
+    assert [(r.run, r.shape, r.impl) for r in old if r.op != "ceiling"] == [
+        ("r1", "T=1;V=5", one.impl)
+    ]
+    assert all(len({r.run for r in own}) == 1 for own in (new, old))
+
+
+def test_a_measured_part_of_the_shape_is_no_other_point():
+    first = row(op="scorer", shape="model=30b;T=8;weights_mb=0;h2d_gbs=54.5")
+    second = row(op="scorer", run="r2", shape="model=30b;T=8;weights_mb=0;h2d_gbs=54.1")
+    assert latest([first, second], "scorer") == [[second]]
 
 
 def test_roof_by_hand():
