@@ -447,6 +447,12 @@ class DeepSpeedEngine(ShardedEngine):
         self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load_optimizer(self, folder: Path) -> None:
+        count = len(list(folder.glob("deepspeed/*zero_pp_rank_*_optim_states.pt")))
+        if count not in (0, self.world_size):
+            raise InputError(
+                f"{folder} was saved by {count} processes, and DeepSpeed goes on with as many, not "
+                f"{self.world_size}: torchrun --nproc-per-node {count}."
+            )
         path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
             raise InputError(f"{folder} holds no checkpoint of DeepSpeed.")

@@ -306,6 +306,15 @@ def test_fsdp2_resumes_with_the_same_bits(model, tmp_path):
 
 @pytest.mark.real
 @needs_deepspeed
+def test_deepspeed_on_another_number_of_ranks_is_refused(model, tmp_path):
+    recipe = recipe_of(model, engine={"kind": "deepspeed", "zero_stage": 2})
+    run_ranks(recipe.model_copy(update={"steps": 1}), tmp_path, 2)
+    with pytest.raises(AssertionError, match="saved by 2 processes, .*--nproc-per-node 2"):
+        run_ranks(recipe, tmp_path, 1, resume=True)
+
+
+@pytest.mark.real
+@needs_deepspeed
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_equals_one_process_and_resumes(model, one, tmp_path, stage):
     recipe = recipe_of(model, engine={"kind": "deepspeed", "zero_stage": stage})
