@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,8 @@ UNTRUNCATED = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+_AGAIN = "-again"  # ends the version of weights that a restarted server got a second time
+_VERSION = re.compile(rf"[0-9a-f]{{8}}-step-\d+({_AGAIN})*")
 RESTARTS = 2  # of a server during one call, after which it is given up
 
 
@@ -217,7 +220,7 @@ class VllmRollouts:
             except Exception as error:
                 problem = error
         if dist.is_initialized():
-            shared = [(str(problem) if problem else "", self._version)]
+            shared = [(str(problem) or repr(problem) if problem else "", self._version)]
             dist.broadcast_object_list(shared, src=0)
             message, self._version = shared[0]
             if message and problem is None:
@@ -288,16 +291,26 @@ class VllmRollouts:
         self._post("/resume")
 
     def _renew_if_restarted(self) -> None:
-        if self._version is not None and self._server_version() != self._version:
-            if self._file is None:  # another rank holds the file, and sends it
-                raise ServerUnavailable(
-                    f"{self._root}: the server was started again and has its first weights; go on "
-                    "from the last checkpoint"
-                )
-            # A new name: other ranks must not take answers from before it for the policy's.
-            version = f"{self._version}-again"
-            self._send(self._file, version)
-            self._version, self._is_processed = version, None
+        if self._version is None or (found := self._server_version()) == self._version:
+            return
+        if found and found.startswith(f"{self._version}{_AGAIN}"):  # rank 0 has seen to it
+            self._version, self._is_processed = found, None
+            return
+        session = self._version.partition("-")[0]
+        if found and _VERSION.fullmatch(found) and not found.startswith(f"{session}-"):
+            raise ServerUnavailable(
+                f"{self._root}: another trainer has sent its weights ({found}) to this server; "
+                "give each trainer its own server and go on from the last checkpoint"
+            )
+        if self._file is None:
+            raise ServerUnavailable(
+                f"{self._root}: the server was started again and lost the policy's weights, which "
+                "rank 0 alone can send; go on from the last checkpoint"
+            )
+        # A new name: other ranks must not take answers from before it for the policy's.
+        version = f"{self._version}{_AGAIN}"
+        self._send(self._file, version)
+        self._version, self._is_processed = version, None
 
     def _server_version(self) -> str | None:
         return self._ask("GET", "/weight_info").get("weight_version")
@@ -361,16 +374,27 @@ def _claim(folder: Path, session: str) -> IO[str]:
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("policy-*.lock"):
         try:
-            with open(path, "a") as lock:
+            with open(path, "r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for left in folder.glob(f"{path.stem}-step-*"):
                     left.unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-        except OSError:  # in use, or another user's
+        except OSError:  # in use, gone, or another user's
             continue
-    lock = open(folder / f"policy-{session}.lock", "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+    path = folder / f"policy-{session}.lock"
+    while True:
+        lock = open(path, "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            lock.close()
+            path.unlink(missing_ok=True)
+            raise
+        # Until it is locked, another trainer may take it for a dead one's and delete it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
 
 
 def _seed(*parts: int) -> int:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from qwenlong.errors import InputError
 from qwenlong.llm import RequestRefused, RetryPolicy, ServerUnavailable
-from qwenlong.rollout.vllm import VllmRollouts, _seed
+from qwenlong.rollout.vllm import VllmRollouts, _claim, _seed
 from tests.qwenlong.vllm_server import FakeVllm, answer_ids, serving
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7]]
@@ -190,6 +192,40 @@ def test_a_lock_that_cannot_be_opened_leaves_the_weights_locked(server, rollouts
     assert [path.name for path in folder.iterdir()] == ["policy-other.lock"]
 
 
+def test_a_lock_that_another_trainer_deletes_before_it_is_taken_is_made_again(
+    tmp_path, monkeypatch
+):
+    """The other one finds the file between its making and its locking, and takes it for a dead
+    trainer's.
+    """
+    flock, others = fcntl.flock, []
+
+    def flock_late(file, how):
+        if how == fcntl.LOCK_EX and not others:
+            others.append(None)  # once, and not inside of itself
+            others[0] = _claim(tmp_path, "11111111")
+            assert not (tmp_path / "policy-00000000.lock").exists()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    with _claim(tmp_path, "00000000") as lock, others[0]:
+        path = tmp_path / "policy-00000000.lock"
+        assert path.samefile(lock.name) and path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+        (tmp_path / "policy-00000000-step-1.safetensors").touch()
+        _claim(tmp_path, "22222222").close()  # a third finds it in use
+        assert (tmp_path / "policy-00000000-step-1.safetensors").exists()
+
+
+def test_without_locks_no_lock_file_is_left(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="No locks"):
+        _claim(tmp_path, "00000000")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_update_that_a_killed_trainer_left_open_is_ended(server, rollouts):
     server.is_updating = True
     rollouts.sync_weights(Policy(0.25), 1)
@@ -214,6 +250,32 @@ def test_a_restarted_server_gets_the_weights_again(server, rollouts):
     assert server.paths().count("/update_weights") == 2
     # Not the old name: a rank that knows only that one must see that something happened.
     assert server.version != before
+
+
+def test_another_rank_goes_on_when_the_weights_were_sent_again(server, rollouts):
+    """Rank 0 has the file; the others know the version that it told them."""
+    rollouts.sync_weights(Policy(0.25), 1)
+    other = VllmRollouts(server.url, model="policy", retry=QUICK)
+    other._version = server.version
+    assert ids(other.generate(PROMPTS, **OPTIONS)) == expected(0.25)
+    server.restart()
+    with pytest.raises(ServerUnavailable, match="which rank 0 alone can send"):
+        other.generate(PROMPTS, **OPTIONS)
+    for _ in range(2):
+        server.restart()
+        rollouts.generate([[5]], **OPTIONS)
+    assert ids(other.generate(PROMPTS, **OPTIONS)) == expected(0.25)
+    other.close()
+
+
+def test_the_weights_of_another_trainer_are_not_answered_with(server, rollouts, tmp_path):
+    rollouts.sync_weights(Policy(0.25), 1)
+    other = VllmRollouts(server.url, model="policy", weights_folder=tmp_path / "o", retry=QUICK)
+    other.sync_weights(Policy(0.5), 1)
+    with pytest.raises(ServerUnavailable, match=r"another trainer has sent .*-step-1\) to this"):
+        rollouts.generate(PROMPTS, **OPTIONS)
+    assert ids(other.generate(PROMPTS, **OPTIONS)) == expected(0.5)  # and are left alone
+    other.close()
 
 
 def test_answers_across_a_restart_are_thrown_away(server, rollouts):
