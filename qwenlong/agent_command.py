@@ -175,7 +175,13 @@ def open_client(settings: AskSettings, tokenizer: Any, cache: Path) -> Client:
             f"{settings.model} reads {context} tokens at a time and a step may need {needed}; "
             "use a smaller --chunk-tokens, --memory-tokens or --plan-tokens."
         )
-    return EmbeddedClient(lm.model, tokenizer, name=str(Path(settings.model).resolve()), **options)
+    return EmbeddedClient(
+        lm.model,
+        tokenizer,
+        name=str(Path(settings.model).resolve()),
+        batch_size=settings.concurrency,
+        **options,
+    )
 
 
 # --- a run -----------------------------------------------------------------------
@@ -420,7 +426,7 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Of sampling.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Calls at the same time.")] = 16,
+    concurrency: Annotated[int, typer.Option(help="Calls at the same time, or in a batch.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds without a byte from the server.")] = 600.0,
     retries: Annotated[int, typer.Option(help="Of a call that failed, with pauses.")] = 6,
 ) -> None:

@@ -95,7 +95,7 @@ class EmbeddedClient(Client):
                 else:
                     requests.append(request)
                     futures.append(future)
-            results = await asyncio.to_thread(self._generate_apart, requests, prompts)
+            results = await asyncio.to_thread(self._generate_apart, requests, prompts, futures)
             for future, result in zip(futures, results, strict=True):
                 if future.done():
                     continue
@@ -105,16 +105,16 @@ class EmbeddedClient(Client):
                     future.set_result(result)
 
     def _generate_apart(
-        self, requests: list[Request], prompts: list[list[int]]
+        self, requests: list[Request], prompts: list[list[int]], futures: list[asyncio.Future]
     ) -> list[Completion | Exception]:
         """An answer or an error for each request, its own and not that of its neighbour."""
         try:
-            return list(self._generate(requests, prompts))
+            return list(self._generate(requests, prompts, futures))
         except Exception as error:
             if len(requests) == 1:
                 return [error]
-        pairs = zip(requests, prompts, strict=True)
-        return [result for r, p in pairs for result in self._generate_apart([r], [p])]
+        one_by_one = zip(requests, prompts, futures, strict=True)
+        return [result for r, p, f in one_by_one for result in self._generate_apart([r], [p], [f])]
 
     def _prompt_ids(self, request: Request) -> list[int]:
         if request.messages is not None:
@@ -156,7 +156,10 @@ class EmbeddedClient(Client):
             return request.sampling.seed + request.sample_index
         return int(request.key(self.model, self.namespace)[:15], 16)
 
-    def _generate(self, requests: list[Request], prompts: list[list[int]]) -> list[Completion]:
+    def _generate(
+        self, requests: list[Request], prompts: list[list[int]], futures: list[asyncio.Future]
+    ) -> list[Completion]:
+        """The answers; one that was cancelled is not written to its end, and nobody reads it."""
         import torch
 
         if not requests:
@@ -185,7 +188,7 @@ class EmbeddedClient(Client):
                 cache = out.past_key_values
                 logits = out.logits[:, -1].float().cpu()  # [batch, V]
                 tokens = [row.step(logits[i]) for i, row in enumerate(rows)]
-                if all(row.finish_reason for row in rows):
+                if all(r.finish_reason or f.done() for r, f in zip(rows, futures, strict=True)):
                     return [row.completion(len(p)) for row, p in zip(rows, prompts, strict=True)]
                 ids = torch.tensor(tokens, device=device).unsqueeze(1)
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)

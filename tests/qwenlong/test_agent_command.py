@@ -14,7 +14,13 @@ from qwenlong import agent_command, cli
 from qwenlong.agent_command import AskSettings, open_text, run_ask
 from qwenlong.agent_plot import draw_memory, memory_changes, memory_entries
 from qwenlong.errors import InputError
-from qwenlong.llm import RetryPolicy, ScriptedClient, ServerUnavailable, TransientError
+from qwenlong.llm import (
+    EmbeddedClient,
+    RetryPolicy,
+    ScriptedClient,
+    ServerUnavailable,
+    TransientError,
+)
 from qwenlong.memory_agent import AgentConfig, Step
 from qwenlong.memory_agent.trace import TraceFile
 from qwenlong.storage import read_jsonl
@@ -382,6 +388,28 @@ def test_an_embedded_model_reads(tmp_path, tiny, capsys):
     [row] = json.loads((tmp_path / "short.agent" / "answers.json").read_text())["answers"]
     assert row["events"]["kept_memory"] == row["chunks"] == row["calls"] - 1 > 1
     assert row["final_memory"] == "" and row["tokens"]["document"] > 200
+
+
+@pytest.mark.parametrize("concurrency, batch", [(9, 9), (3, 3)])
+def test_an_embedded_model_is_asked_in_batches_of_the_concurrency(
+    tmp_path, tiny, monkeypatch, concurrency, batch
+):
+    """Nine questions about one chunk, asked at once."""
+    monkeypatch.setattr("qwenlong.llm.embedded._GATHER_SECONDS", 0.25)
+    sizes, generate = [], EmbeddedClient._generate
+
+    def watched(self, requests, *others):
+        sizes.append(len(requests))
+        return generate(self, requests, *others)
+
+    monkeypatch.setattr(EmbeddedClient, "_generate", watched)
+    document = tmp_path / "short.txt"
+    document.write_text(filler(20))
+    more = ["--memory-tokens", "4", "--plan-tokens", "4", "--answer-tokens", "4", "--repairs", "0"]
+    more += [part for i in range(8) for part in ("--question", f"What is {i}?")]
+    more += ["--chunk-tokens", "800", "--concurrency", str(concurrency), "--temperature", "0"]
+    assert ask_model(document, tiny, *more) == 0
+    assert max(sizes) == batch and sum(sizes) == 18
 
 
 def test_a_model_that_cannot_read_so_much(document, tiny, capsys):

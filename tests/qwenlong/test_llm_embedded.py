@@ -2,6 +2,9 @@
 
 import asyncio
 import math
+import threading
+import time
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -133,11 +136,11 @@ def test_an_error_while_a_batch_is_written_is_one_request_s_alone(parts):
     sizes = []
 
     class Breaks(EmbeddedClient):
-        def _generate(self, requests, prompts):
+        def _generate(self, requests, prompts, futures):
             sizes.append(len(prompts))
             if any(len(prompt) == 3 for prompt in prompts):
                 raise RuntimeError("too long for this card")
-            return super()._generate(requests, prompts)
+            return super()._generate(requests, prompts, futures)
 
     options = {"temperature": 1.3, "max_tokens": 8}
     with EmbeddedClient(*parts, name="tiny") as client:
@@ -169,9 +172,9 @@ def sizes_and_texts(parts, batch_size, askers, rounds=1):
     sizes = []
 
     class Watched(EmbeddedClient):
-        def _generate(self, requests, prompts):
+        def _generate(self, requests, prompts, futures):
             sizes.append(len(requests))
-            return super()._generate(requests, prompts)
+            return super()._generate(requests, prompts, futures)
 
     async def asker(client, i):
         said = ""
@@ -204,6 +207,56 @@ def test_a_full_batch_does_not_wait_and_one_request_is_answered(parts, patient):
     sizes, _ = sizes_and_texts(parts, 2, 6)
     assert sizes == [2, 2, 2]
     assert sizes_and_texts(parts, 8, 1)[0] == [1]
+
+
+@pytest.fixture
+def slow(parts):
+    """A client whose passes take 20 ms, and whose answers end at their limit alone."""
+    passes = []
+
+    def count(*_):
+        passes.append(None)
+        time.sleep(0.02)
+
+    model, tokenizer = parts
+    hook = model.register_forward_pre_hook(count)
+    client = EmbeddedClient(model, tokenizer, name="tiny", batch_size=2)
+    client._eos = set()
+    yield client, passes
+    client.close()
+    hook.remove()
+
+
+def test_what_nobody_waits_for_is_not_written_to_its_end(slow):
+    """60 tokens would take 1.2 s. A neighbour is answered as soon as it is done itself."""
+    client, passes = slow
+    long = Request.completion("w1", max_tokens=60)
+    short = Request.completion("w2", max_tokens=8)
+
+    async def cancel_one():
+        doomed = asyncio.ensure_future(client.agenerate(long))
+        answer = asyncio.ensure_future(client.agenerate(short))
+        while not passes:
+            await asyncio.sleep(0.005)
+        doomed.cancel()
+        return await answer
+
+    assert asyncio.run(cancel_one()).completion_tokens == 8
+    assert len(passes) < 40
+    passes.clear()
+
+    asked = threading.Thread(target=lambda: pytest.raises(CancelledError, client.generate, long))
+    asked.start()
+    while not passes:
+        time.sleep(0.005)
+    client.close()  # as Ctrl-C does
+    asked.join()
+    time.sleep(0.1)
+    written = len(passes)
+    assert written < 40
+    time.sleep(0.1)
+    assert len(passes) == written
+    assert client.generate(short).completion_tokens == 8  # and it starts again
 
 
 def test_model_from_a_folder(parts, client, tmp_path):
