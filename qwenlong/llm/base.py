@@ -76,6 +76,13 @@ class Client:
     ):
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency is {max_concurrency}; it must be at least 1")
+        limits = {
+            "requests_per_minute": requests_per_minute,
+            "tokens_per_minute": tokens_per_minute,
+        }
+        for name, limit in limits.items():
+            if limit is not None and not limit >= 1:
+                raise ValueError(f"{name} is {limit}; it must be at least 1, or None for no limit")
         self.model, self.namespace = model, namespace
         self.cache = CallCache(cache) if isinstance(cache, (str, Path)) else cache
         self.retry = retry or RetryPolicy()
@@ -283,10 +290,10 @@ class Client:
         return row
 
     def _submit(self, coroutine: Coroutine) -> concurrent.futures.Future:
-        with self._start_lock:
+        with self._start_lock:  # to the end, so that a client that is closed cancels this call too
             if self._loop is None:
                 self._start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def _start(self) -> None:
         loop = asyncio.new_event_loop()

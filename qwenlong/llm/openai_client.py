@@ -91,7 +91,10 @@ class ChatClient(Client):
             is_timeout = "Timeout" in type(error).__name__
             kind = "timeout" if is_timeout else "connection"
             raise TransientError(kind, _cause(error)) from error
-        return _completions(reply, n)
+        try:
+            return _completions(reply, n)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field of no use
+            raise TransientError("malformed reply", f"{error} in {str(reply)[:100]!r}") from error
 
     async def _post(self, request: Request, n: int) -> Any:
         """The reply as a dict; whatever else the server sent, as it is."""

@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import time
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -140,18 +141,36 @@ FAULTS = {
     "no-choices": "no choices",
     "list": ("raw", [1, 2]),
     "wrong-types": ("raw", {"choices": [3]}),
+    "text-for-message": (
+        "raw",
+        {"choices": [{"index": 0, "message": "A", "finish_reason": "stop"}]},
+    ),
+    "no-log-prob": (
+        "raw",
+        {
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"content": "A"},
+                    "finish_reason": "stop",
+                    "logprobs": {"content": [{"token": "A", "logprob": None}]},
+                }
+            ]
+        },
+    ),
     "hang-up": "hang up",
     "abort": (
         "raw",
         {"choices": [{"index": 0, "message": {"content": "A"}, "finish_reason": "abort"}]},
     ),
 }
+NOT_STREAMED = ("list", "wrong-types", "text-for-message", "no-log-prob", "abort")
 
 
 @pytest.mark.parametrize(
     "name, stream",
     [(name, False) for name in FAULTS]
-    + [(name, True) for name in FAULTS if name not in ("list", "wrong-types", "abort")],
+    + [(name, True) for name in FAULTS if name not in NOT_STREAMED],
 )
 def test_fault_is_retried_until_the_answer(name, stream):
     fault = FAULTS[name]
@@ -653,6 +672,27 @@ def test_closed_client_starts_again():
     client.close()
 
 
+def test_a_call_that_meets_a_close_is_cancelled():
+    """Another thread closes the client as soon as the call lets go of its lock."""
+    client = ScriptedClient(lambda m: "x")
+    lock = client._start_lock
+
+    class ClosedAfter:
+        def __enter__(self):
+            lock.acquire()
+
+        def __exit__(self, *error):
+            lock.release()
+            client._start_lock = lock
+            client.close()
+
+    client._start_lock = ClosedAfter()
+    with pytest.raises(CancelledError):
+        client.generate(ask("a"))
+    assert client.generate(ask("a")).text == "x"
+    client.close()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -675,6 +715,8 @@ def test_bad_requests_are_refused():
         Request(messages=(), prompt="x")
     with pytest.raises(ValueError, match="max_concurrency is 0"):
         ScriptedClient(lambda m: "x", max_concurrency=0)
+    with pytest.raises(ValueError, match="tokens_per_minute is 0; it must be at least 1"):
+        ScriptedClient(lambda m: "x", requests_per_minute=1, tokens_per_minute=0)
     with ScriptedClient(lambda m: "x") as client, pytest.raises(ValueError, match="n is 0"):
         client.sample(ask("x"), 0)
 
