@@ -46,6 +46,9 @@ def _run(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops, or all (the default).")] = None,
     device: Annotated[Device, typer.Option(help="auto: cuda where there is one.")] = Device.auto,
     case: Annotated[list[str] | None, typer.Option(help="Pattern of cases, e.g. 'fwd*'.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Pattern of shapes, e.g. 'T=8192;*'.")
+    ] = None,
     impl: Annotated[list[str] | None, typer.Option(help="Pattern of providers: 'ours-*'.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Smallest shape of each case; rows go to .cache/bench.")
@@ -70,9 +73,9 @@ def _run(
     if chosen == "cuda" and not torch.cuda.is_available():
         raise _fail("--device cuda: torch sees no CUDA device here")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    names, cases, impls = ops or ["all"], case or [], impl or []
+    names, cases, shapes, impls = ops or ["all"], case or [], shape or [], impl or []
     try:
-        points = registry.select(names, chosen, cases, quick=quick or profiler is not None)
+        points = registry.select(names, chosen, cases, shapes, quick=quick or profiler is not None)
     except ValueError as error:
         raise _fail(str(error)) from None
 
@@ -92,7 +95,7 @@ def _run(
         return
     if profiler is Profiler.ncu:
         arguments = [*names, "--device", chosen, "--profile", "ncu", "--in-range"]
-        for option, values in (("--case", cases), ("--impl", impls)):
+        for option, values in (("--case", cases), ("--shape", shapes), ("--impl", impls)):
             arguments += [word for value in values for word in (option, value)]
         report = out or SCRATCH / "profile" / "-".join(names)
         raise typer.Exit(profile.profile_ncu(report, arguments, console))

@@ -105,10 +105,15 @@ def register(
 
 
 def select(
-    ops: Sequence[str], device: str, cases: Sequence[str] = (), *, quick: bool = False
+    ops: Sequence[str],
+    device: str,
+    cases: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    *,
+    quick: bool = False,
 ) -> list[Point]:
-    """Points of ``ops`` (all where empty or ``all``) whose case matches a pattern of ``cases`` (all
-    where empty).
+    """Points of ``ops`` (all where empty or ``all``) whose case and shape match a pattern of
+    ``cases`` and of ``shapes`` (all where empty).
     """
     names = list(OPS) if not ops or "all" in ops else list(dict.fromkeys(ops))
     unknown = [name for name in names if name not in OPS]
@@ -119,13 +124,15 @@ def select(
         chosen = [
             p
             for p in OPS[name].points[device]
-            if not cases or any(fnmatch.fnmatchcase(p.case, pattern) for pattern in cases)
+            if (not cases or any(fnmatch.fnmatchcase(p.case, x) for x in cases))
+            and (not shapes or any(fnmatch.fnmatchcase(p.shape_text, x) for x in shapes))
         ]
         if quick:
             chosen = list({p.case: p for p in reversed(chosen)}.values())[::-1]
         found += chosen
     if not found:
-        matching = f" that matches {', '.join(cases)}" if cases else ""
+        wanted = [*cases, *shapes]
+        matching = f" that matches {', '.join(wanted)}" if wanted else ""
         raise ValueError(f"bench: {', '.join(names)} has no case on {device}{matching}")
     return found
 

@@ -58,6 +58,10 @@ def test_selection():
         "fwd_bwd_live50",
         "fwd_bwd_prompt75_live50",
     }
+    only = select(["moe_layer"], "cuda", ["fwd"], ["T=256;*", "T=1;*"])
+    assert [p.shape["T"] for p in only] == [1, 256]
+    with pytest.raises(ValueError, match="no case on cuda that matches fwd, T=7"):
+        select(["moe_layer"], "cuda", ["fwd"], ["T=7;*"])
     quick = select(["logprob_entropy"], "cuda", quick=True)
     assert [(p.case, p.shape["T"]) for p in quick][:2] == [("fwd", 2048), ("fwd_bwd", 2048)]
     with pytest.raises(ValueError, match="unknown op 'moo'; choose from ceiling"):
@@ -186,8 +190,7 @@ def test_a_peer_without_entropy_is_compared_with_the_gradient_of_the_rest():
     (dlogits,) = torch.autograd.grad(logprobs, leaf, g["logprobs"])
     less = {"logprobs": logprobs.detach(), "dlogits": dlogits}
     assert truth.check(less, False, False) < 1e-6
-    with pytest.raises(WrongResult, match="dlogits"):
-        truth.check(less | {"dlogits": outputs["dlogits"]}, False, False)
+    assert truth.check(less | {"dlogits": outputs["dlogits"]}, False, False) > 1e-2
 
 
 def test_linear_truth_leaves_masked_rows_out():
