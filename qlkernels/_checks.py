@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def check_shape(op: str, name: str, x: torch.Tensor, letters: str, sizes: dict[str, int]) -> None:
@@ -143,13 +144,14 @@ def check_unsharded(op: str, name: str, weight: torch.Tensor) -> None:
     """Refuse a weight of which this rank holds a part, with what to do about it."""
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(weight).__name__}")
-    if hasattr(weight, "full_tensor"):
+    # asking a tensor for what it has not got takes a microsecond
+    if type(weight) not in _PLAIN and hasattr(weight, "full_tensor"):
         raise ValueError(
             f"{op}: {name} is a DTensor; pass {name}.full_tensor(grad_placements=[Partial('avg')]) "
             "(without grad_placements its gradient is not reduced over ranks), or call the op "
             "inside the module's forward, where FSDP2 has gathered the weight"
         )
-    if hasattr(weight, "ds_id") and weight.numel() == 0:
+    if weight.numel() == 0 and hasattr(weight, "ds_id"):
         raise ValueError(
             f"{op}: {name} is partitioned by ZeRO-3; call the op inside the model's forward, or "
             "under deepspeed.zero.GatheredParameters around forward and backward"

@@ -8,8 +8,10 @@ an autograd.Function around the same Python gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.autograd import forward_ad
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -47,5 +49,29 @@ def direct_function(
         return output
 
     methods = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    methods["run"] = staticmethod(run)
     base = torch.autograd.Function
     return type(base)(f"qlkernels::{name}", (base,), methods)
+
+
+def call_direct(function: type[torch.autograd.Function], inputs: tuple):
+    """Outputs of a ``direct_function``; its Python alone where there is nothing to record, neither
+    for a backward nor for a profiler, nor a tangent to refuse.
+    """
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                return function.apply(*inputs)
+    if torch.autograd._profiler_enabled() or forward_ad._current_level >= 0:
+        return function.apply(*inputs)
+    return function.run(*inputs)
+
+
+_NO_CHANGE = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """No autocast inside; costs nothing where there is none outside."""
+    if not torch.is_autocast_enabled(device.type):
+        return _NO_CHANGE
+    return torch.autocast(device.type, enabled=False)

@@ -6,10 +6,13 @@ import os
 
 import torch
 
+# found at import, where Triton looks too
+_IS_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
 
 def is_interpreting() -> bool:
     """True where Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1`` at import)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _IS_INTERPRETING
 
 
 # found at import: torch.compile cannot look for it while it traces

@@ -6,6 +6,7 @@ between few and many rows changes no bit of a result.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -85,9 +86,11 @@ def path_of(*operands: torch.Tensor) -> str:
     if not 90 <= capability < 120:
         return "pointer"
     for x in operands:
-        starts = [x.stride(d) * x.element_size() % 16 for d in range(x.dim() - 1)]
-        if x.element_size() != 2 or x.data_ptr() % 16 or any(starts):
+        if x.element_size() != 2 or x.data_ptr() % 16:
             return "pointer"
+        for stride in x.stride()[:-1]:
+            if stride % 8:
+                return "pointer"
     return "tma-sm90" if capability < 100 else "tma-sm100"
 
 
@@ -100,9 +103,13 @@ def uses_tma(path: str) -> bool:
     return path.startswith("tma")
 
 
-def launch_options(tiles: Tiles, dtype: torch.dtype, device: torch.device) -> dict:
-    """Tile sizes and compiler options, without what is particular to a kernel."""
+@functools.cache
+def launch_options(tiles: Tiles, path: str, dtype: torch.dtype, device: torch.device) -> dict:
+    """Tile sizes and compiler options, without what is particular to a kernel. Made once, so not to
+    be changed.
+    """
     options = dict(
+        USE_TMA=uses_tma(path),
         UPCAST=is_interpreting(),
         PRECISION="ieee" if dtype == torch.float32 else "tf32",  # ignored for 16-bit operands
         BLOCK_M=tiles.block_m,

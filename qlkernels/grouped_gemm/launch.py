@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from qlkernels._target import is_interpreting
-from qlkernels._triton import triton
+from qlkernels._triton import TensorDescriptor, cdiv, next_power_of_2
 from qlkernels.grouped_gemm import configs
 from qlkernels.grouped_gemm.backward_kernels import (
     sum_shares_kernel,
@@ -26,8 +26,7 @@ _MAP_TILES = 64  # tiles of a map that one program writes
 _SLOTS = 256  # slots of a program that sums shares
 
 
-@dataclass(frozen=True)
-class TileMap:
+class TileMap(NamedTuple):
     """Row tiles of a chunk of tokens; ``tiles`` is ``[4, n]`` int32, n an upper bound known to the
     host.
     """
@@ -36,68 +35,64 @@ class TileMap:
     n_tiles: torch.Tensor  # [1] int32
     shift: torch.Tensor  # [E] int32: workspace row = sorted row + shift
     block_m: int
+    max_tiles: int  # n
 
 
-@dataclass
 class RoutedRows:
     """The rows of one layer's tokens, sorted by expert; slots whose expert is outside [0, E) come
     last and are never touched.
     """
 
-    topk_ids: torch.Tensor  # [T, top_k] int32, contiguous
-    sort_order: torch.Tensor  # [T * top_k] int32
-    inverse_order: torch.Tensor  # [T * top_k] int32
-    expert_offsets: torch.Tensor  # [E + 1] int32
-    _maps: dict = field(default_factory=dict)
-
-    @property
-    def top_k(self) -> int:
-        return self.topk_ids.shape[1]
-
-    @property
-    def experts(self) -> int:
-        return self.expert_offsets.numel() - 1
-
-    @property
-    def total(self) -> int:
-        return self.sort_order.numel()
+    def __init__(
+        self,
+        topk_ids: torch.Tensor,  # [T, top_k] int32, contiguous
+        sort_order: torch.Tensor,  # [T * top_k] int32
+        inverse_order: torch.Tensor,  # [T * top_k] int32
+        expert_offsets: torch.Tensor,  # [E + 1] int32
+    ):
+        self.topk_ids = topk_ids
+        self.sort_order = sort_order
+        self.inverse_order = inverse_order
+        self.expert_offsets = expert_offsets
+        self.top_k = topk_ids.shape[1]
+        self.experts = expert_offsets.shape[0] - 1
+        self.total = sort_order.shape[0]
+        self._maps: dict[tuple, TileMap] = {}
 
     def tile_map(self, chunk: tuple[int, int], block_m: int) -> TileMap:
         """Tiles of at most ``block_m`` rows of the tokens ``[chunk[0], chunk[1])``; kept for the
         next product over them.
         """
-        if (chunk, block_m) not in self._maps:
+        found = self._maps.get((chunk, block_m))
+        if found is None:
             self._maps = {key: value for key, value in self._maps.items() if key[0] == chunk}
-            self._maps[chunk, block_m] = self._make_map(chunk, block_m)
-        return self._maps[chunk, block_m]
+            found = self._maps[chunk, block_m] = self._make_map(chunk, block_m)
+        return found
 
     def shift(self, chunk: tuple[int, int]) -> torch.Tensor:
         """``[E]``: sorted row + this = row of the chunk's workspace, from any map of the chunk."""
-        found = next((m for (c, _), m in self._maps.items() if c == chunk), None)
-        return (found or self.tile_map(chunk, 64)).shift
+        for (known, _), found in self._maps.items():
+            if known == chunk:
+                return found.shift
+        return self.tile_map(chunk, 64).shift
 
     def _make_map(self, chunk: tuple[int, int], block_m: int) -> TileMap:
-        first, last = (t * self.top_k for t in chunk)
+        first, last = chunk[0] * self.top_k, chunk[1] * self.top_k
         rows, E = last - first, self.experts
         max_tiles = rows // block_m + min(rows, E)
-        ints = dict(dtype=torch.int32, device=self.sort_order.device)
-        found = TileMap(
-            torch.empty(4, max_tiles, **ints), torch.empty(1, **ints), torch.empty(E, **ints),
-            block_m,
-        )  # fmt: skip
-        tile_map_kernel[(triton.cdiv(max_tiles, _MAP_TILES),)](
+        new = self.sort_order.new_empty
+        found = TileMap(new(4, max_tiles), new(1), new(E), block_m, max_tiles)
+        tile_map_kernel[(cdiv(max_tiles, _MAP_TILES),)](
             self.expert_offsets, self.sort_order, found.tiles, found.n_tiles, found.shift,
             first, last, self.total.bit_length(), max_tiles, E,
-            WHOLE=rows == self.total, BLOCK_M=block_m, BLOCK_E=triton.next_power_of_2(E),
+            WHOLE=rows == self.total, BLOCK_M=block_m, BLOCK_E=next_power_of_2(E),
             BLOCK_TILES=_MAP_TILES,
         )  # fmt: skip
         return found
 
 
 def _descriptor(x: torch.Tensor, block: list[int]):
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+    return TensorDescriptor(x, x.shape, x.stride(), block)
 
 
 def bounded_descriptor(x: torch.Tensor, block: list[int]):
@@ -109,8 +104,6 @@ def bounded_descriptor(x: torch.Tensor, block: list[int]):
     through 2**64: at 2**30 of the first one it is 2**30 rows back, at ``end`` of the second one
     ``end`` rows forth.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     stride, most = x.stride(0), 0x7FFF0000
     strides = [2**34 - stride, stride, stride, 1]
     return TensorDescriptor(x, [most, most, 2**30, x.shape[1]], strides, [1, 1, *block])
@@ -127,8 +120,7 @@ def _plan(table: dict, rows: RoutedRows, chunk: tuple[int, int], *operands: torc
     path, x = configs.path_of(*operands), operands[0]
     count = (chunk[1] - chunk[0]) * rows.top_k
     tiles = configs.pick(table, path, x.element_size(), count, rows.experts)
-    options = configs.launch_options(tiles, x.dtype, x.device)
-    options["USE_TMA"] = configs.uses_tma(path)
+    options = configs.launch_options(tiles, path, x.dtype, x.device)
     return path, tiles, rows.tile_map(chunk, tiles.block_m), options
 
 
@@ -147,7 +139,7 @@ def gate_up(
     """
     E, two_i, H = w.shape
     path, tiles, tile_map, options = _plan(configs.GATE_UP_CONFIG, rows, chunk, w)
-    max_tiles, n_n = tile_map.tiles.shape[1], triton.cdiv(two_i // 2, tiles.block_n)
+    max_tiles, n_n = tile_map.max_tiles, cdiv(two_i // 2, tiles.block_n)
     is_gathered = configs.GATHER_BY_COPY[path] and buffer is not None
     operand = x
     if is_gathered:
@@ -169,11 +161,11 @@ def gate_up(
 
 def _gather(x: torch.Tensor, rows: RoutedRows, tile_map: TileMap, out: torch.Tensor) -> None:
     at_once = min(8, tile_map.block_m)
-    max_tiles, H = tile_map.tiles.shape[1], x.shape[1]
+    max_tiles, H = tile_map.max_tiles, x.shape[1]
     gather_kernel[(max_tiles * (tile_map.block_m // at_once),)](
         x, out, rows.sort_order, tile_map.tiles, tile_map.n_tiles, x.stride(0), out.stride(0),
         max_tiles, H, TOP_K=rows.top_k, BLOCK_M=tile_map.block_m, ROWS=at_once,
-        BLOCK_H=min(512, triton.next_power_of_2(H)), num_warps=4,
+        BLOCK_H=min(512, next_power_of_2(H)), num_warps=4,
     )  # fmt: skip
 
 
@@ -192,7 +184,7 @@ def product(
     K, N = w.shape[1:] if is_transposed else w.shape[:0:-1]
     table = configs.DX_CONFIG if is_transposed else configs.DOWN_CONFIG
     _, tiles, tile_map, options = _plan(table, rows, chunk, x, w)
-    max_tiles, n_n = tile_map.tiles.shape[1], triton.cdiv(N, tiles.block_n)
+    max_tiles, n_n = tile_map.max_tiles, cdiv(N, tiles.block_n)
     operands = x, w
     if options["USE_TMA"]:
         block = [tiles.block_k, tiles.block_n] if is_transposed else [tiles.block_n, tiles.block_k]
@@ -218,8 +210,8 @@ def combine(
 ) -> None:
     """Write ``out[chunk]`` = sum over its slots of (weight *) the workspace row (+ residual)."""
     H, tokens = out.shape[1], chunk[1] - chunk[0]
-    block = min(4096, triton.next_power_of_2(H))
-    combine_kernel[(tokens * triton.cdiv(H, block),)](
+    block = min(4096, next_power_of_2(H))
+    combine_kernel[(tokens * cdiv(H, block),)](
         values, rows.inverse_order, rows.topk_ids, values if weights is None else weights,
         rows.shift(chunk), out if residual is None else residual, out,
         values.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), chunk[0],
@@ -243,10 +235,10 @@ def swiglu_backward(
     """
     E, H, I = w_down.shape  # noqa: E741
     T = rows.topk_ids.shape[0]
-    shares = torch.empty(triton.cdiv(I, configs.SHARE), rows.total, device=dout.device)
+    shares = torch.empty(cdiv(I, configs.SHARE), rows.total, device=dout.device)
     table = configs.SWIGLU_BACKWARD_CONFIG
     _, tiles, tile_map, options = _plan(table, rows, (0, T), w_down)
-    max_tiles, n_n = tile_map.tiles.shape[1], triton.cdiv(I, tiles.block_n)
+    max_tiles, n_n = tile_map.max_tiles, cdiv(I, tiles.block_n)
     w_operand = w_down
     if options["USE_TMA"]:
         w_operand = _descriptor(w_down, [1, tiles.block_k, tiles.block_n])
@@ -258,7 +250,7 @@ def swiglu_backward(
         EVEN_K=H % tiles.block_k == 0, **options,
     )  # fmt: skip
     dweights = torch.empty(T, rows.top_k, device=dout.device)
-    sum_shares_kernel[(triton.cdiv(rows.total, _SLOTS),)](
+    sum_shares_kernel[(cdiv(rows.total, _SLOTS),)](
         shares, rows.inverse_order, rows.topk_ids, dweights, rows.total, shares.shape[0], E,
         BLOCK=_SLOTS,
     )  # fmt: skip
@@ -284,9 +276,8 @@ def weight_gradient(
         path = "pointer"
     table = configs.DW_DOWN_CONFIG if gather_left else configs.DW_GATE_UP_CONFIG
     tiles = configs.pick(table, path, left.element_size(), rows.total, E)
-    options = configs.launch_options(tiles, left.dtype, left.device)
-    options["USE_TMA"] = configs.uses_tma(path)
-    n_tiles = E * triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n)
+    options = configs.launch_options(tiles, path, left.dtype, left.device)
+    n_tiles = E * cdiv(M, tiles.block_m) * cdiv(N, tiles.block_n)
     operands = [left, right]
     if options["USE_TMA"]:
         if gather_left:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from qlkernels import _checks
-from qlkernels._direct import direct_function, is_watched
+from qlkernels._direct import call_direct, direct_function, is_watched, without_autocast
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._target import why_not_triton
@@ -71,13 +71,12 @@ def _run(
     """
     x, ids = hidden_states, topk_ids
     E, two_i, H = w_gate_up.shape
-    ints = dict(dtype=torch.int32, device=x.device)
-    index = tuple(torch.empty(0, **ints) for _ in range(3))
-    with op_range(OP, x), torch.autocast(x.device.type, enabled=False):
+    with op_range(OP, x), without_autocast(x.device):
         columns = two_i // 2 + H
         chunks = _chunks(x, ids, chunk_tokens, impl, columns, _FORWARD_BYTES)
         if impl == "torch":
             arguments = (x, ids, topk_weights, w_gate_up, w_down, residual, chunks, save_h)
+            index = (ids.new_empty(0, dtype=torch.int32) for _ in range(3))
             return *eager.forward(*arguments), *index
         index = build_expert_index(ids, E)
         if not chunks:
@@ -106,7 +105,7 @@ def _run_backward(
     """dx, dweights, dw_gate_up, dw_down; None where ``needs`` says so, or where ``buffers`` holds
     what to add to.
     """
-    with op_range(f"{OP}_bwd", x), torch.autocast(x.device.type, enabled=False):
+    with op_range(f"{OP}_bwd", x), without_autocast(x.device):
         h, *index = saved
         if x.shape[0] == 0:
             made = [
@@ -313,9 +312,9 @@ def moe_mlp(
         needs_grad and not recompute,
         chosen,
     )
-    call = torch.ops.qlkernels.moe_mlp if is_watched(*arguments) else _MoeMlp.apply
-    out, *_ = call(*arguments)
-    return out
+    if is_watched(*arguments):
+        return torch.ops.qlkernels.moe_mlp(*arguments)[0]
+    return call_direct(_MoeMlp, arguments)[0]
 
 
 def _autocast(x, w_gate_up, w_down, residual):

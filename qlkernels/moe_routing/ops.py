@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qlkernels._direct import direct_function, is_watched
+from qlkernels._direct import call_direct, direct_function, is_watched
 from qlkernels._nvtx import op_range
 from qlkernels.moe_routing import eager, native
 from qlkernels.moe_routing import triton as kernels
@@ -110,8 +110,9 @@ _MoeRoute = direct_function(OP, _run, _setup_context, _backward)
 
 def route(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``qlkernels::moe_route``, without its dispatch where nobody watches."""
-    call = torch.ops.qlkernels.moe_route if is_watched(*inputs) else _MoeRoute.apply
-    return call(*inputs)
+    if is_watched(*inputs):
+        return torch.ops.qlkernels.moe_route(*inputs)
+    return call_direct(_MoeRoute, inputs)
 
 
 def _refuse_double_backward(ctx, *_grads):

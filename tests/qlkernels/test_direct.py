@@ -20,7 +20,8 @@ from qlkernels import (
     moe_route,
     policy_loss,
 )
-from qlkernels._direct import is_watched
+from qlkernels._direct import is_watched, without_autocast
+from qlkernels._triton import cdiv, next_power_of_2
 
 T, V, H = 5, 11, 4
 NAMES = ["logprob_entropy", "linear_logprob", "policy_loss", "moe_route", "moe_mlp"]
@@ -219,3 +220,51 @@ def test_profilers_show_the_name_of_the_op():
         run(x).backward()
     names = {event.name for event in profile.events()}
     assert {"qlkernels::policy_loss", "qlkernels::policy_lossBackward"} <= names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients_the_op_runs_alone_and_gives_the_same_bits(name):
+    run, x = case(name)
+    want = run(x)
+    for leaf in (x.detach(), torch.nn.Parameter(x.detach(), False)):
+        got = run(leaf)
+        assert torch.equal(got, want) and (name == "linear_logprob" or not got.requires_grad)
+    with torch.no_grad():
+        got = run(x)
+    assert torch.equal(got, want) and not got.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(run(x.detach()), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_profilers_show_the_name_of_the_op_without_gradients(name):
+    run, x = case(name)
+    with torch.no_grad(), torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:  # fmt: skip
+        run(x)
+    assert f"qlkernels::{name}" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tangents_of_forward_mode_are_refused_not_dropped(name):
+    run, x = case(name)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        with pytest.raises(Exception, match="jvp|forward mode"):
+            run(dual)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_autocast_is_off_inside_and_as_before_outside(outside):
+    a = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+        with without_autocast(a.device):
+            assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == (torch.bfloat16 if outside else torch.float32)
+
+
+@pytest.mark.parametrize("n, want", [(1, 1), (2, 2), (3, 4), (8, 8), (129, 256), (2**30, 2**30)])
+def test_sizes_as_triton_computes_them(n, want):
+    assert next_power_of_2(n) == want
+    assert [cdiv(n, k) for k in (1, 2, n, n + 1)] == [n, n // 2 + n % 2, 1, 1]
