@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 from qlkernels import _checks, _ext, _rows
-from qlkernels._direct import direct_function, is_watched
+from qlkernels._direct import call_direct, direct_function, is_watched, without_autocast
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._scores import TokenScores
@@ -57,7 +57,7 @@ def _run(
     tau = temperature if temperatures is None else temperatures
     options = Options(tau, logit_scale, softcap, chunk_tokens, compact, impl)
     x, y = hidden_states, target_ids
-    with op_range(OP, x), torch.autocast(x.device.type, enabled=False):
+    with op_range(OP, x), without_autocast(x.device):
         if row_mask is None:
             return forward(x, lm_head_weight, bias, y, options)
         if not compact or is_capturing():
@@ -93,7 +93,7 @@ def _run_backward(
     x, w, y = hidden_states, lm_head_weight, target_ids
     grads = (dlogprobs, dentropy, dlse)
     needs = (needs_dx, needs_dw, needs_db)
-    with op_range(f"{OP}_bwd", x), torch.autocast(x.device.type, enabled=False):
+    with op_range(f"{OP}_bwd", x), without_autocast(x.device):
         live = _rows.live_rows(row_mask, *grads)
         rows = None
         if compact and not is_capturing():
@@ -112,8 +112,7 @@ def _run_backward(
                 x = torch.where(live[:, None], x, 0.0)
                 grads = [None if g is None else torch.where(live, g, 0.0) for g in grads]
             dx, dw, db = backward(x, w, bias, y, scores, grads, needs, options, main_grad)
-    nothing = hidden_states.new_empty(0)
-    return tuple(nothing.clone() if g is None else g for g in (dx, dw, db))
+    return tuple(hidden_states.new_empty(0) if g is None else g for g in (dx, dw, db))
 
 
 _BACKWARD_SCHEMA = (
@@ -315,9 +314,9 @@ def linear_logprob(
         chosen,
         main_grad,
     )
-    watched = is_watched(*arguments)
-    scores = (torch.ops.qlkernels.linear_logprob if watched else _LinearLogprob.apply)(*arguments)
-    return TokenScores(*scores[:3])
+    if is_watched(*arguments):
+        return TokenScores(*torch.ops.qlkernels.linear_logprob(*arguments)[:3])
+    return TokenScores(*call_direct(_LinearLogprob, arguments)[:3])
 
 
 def _check_main_grad(main_grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor, impl: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from qlkernels._online import scale_and_cap, shifted, swizzled_tile
 from qlkernels._target import compute_capability, is_interpreting, multiprocessor_count
-from qlkernels._triton import tl, triton
+from qlkernels._triton import TensorDescriptor, tl, triton
 
 # A kernel is compiled once for every divisibility of the arguments that are specialised: those that
 # the vectors of a load depend on. The number of rows is not, nor are the [T] vectors, which are
@@ -297,21 +297,23 @@ def precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"  # ignored for 16-bit operands
 
 
-def launch_options(table: dict, x: torch.Tensor, w: torch.Tensor, use_tma: bool):
-    """Operands, tile sizes and compiler options of a GEMM kernel."""
+def tile_sizes(table: dict, x: torch.Tensor, use_tma: bool) -> tuple[int, ...]:
+    """The entry of ``table`` for an operand."""
     path = "interpreter" if is_interpreting() else "pointer"
     if use_tma:
         capability = compute_capability(x.device.index or 0)
         path = "tma-sm90" if capability < 100 else "tma-sm100"
-    block_t, block_v, block_h, group_t, warps, stages = table[path, x.element_size()]
+    return table[path, x.element_size()]
+
+
+def launch_options(table: dict, x: torch.Tensor, w: torch.Tensor, use_tma: bool):
+    """Operands, tile sizes and compiler options of a GEMM kernel."""
+    block_t, block_v, block_h, group_t, warps, stages = tile_sizes(table, x, use_tma)
     operands = (x, w)
     if use_tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        blocks = ([block_t, block_h], [block_v, block_h])
-        operands = tuple(
-            TensorDescriptor(t, list(t.shape), [t.stride(0), 1], b)
-            for t, b in zip(operands, blocks, strict=True)
+        operands = (
+            TensorDescriptor(x, x.shape, (x.stride(0), 1), [block_t, block_h]),
+            TensorDescriptor(w, w.shape, (w.stride(0), 1), [block_v, block_h]),
         )
     options = dict(
         USE_TMA=use_tma,

@@ -8,7 +8,7 @@ import torch
 
 from qlkernels import _ext, _rows
 from qlkernels._target import is_interpreting
-from qlkernels._triton import triton
+from qlkernels._triton import cdiv
 from qlkernels.linear_logprob.kernels import (
     FOLD_CONFIG,
     MERGE_CONFIG,
@@ -20,6 +20,7 @@ from qlkernels.linear_logprob.kernels import (
     merge_kernel,
     precision,
     target_logit_kernel,
+    tile_sizes,
     uses_tma,
 )
 
@@ -153,7 +154,7 @@ def target_logits(x, w, bias, target_ids, out, scale, cap) -> None:
     block_t, block_h, warps, stages = TARGET_CONFIG[x.element_size()]
     if is_interpreting():
         block_t, block_h = 16, 16
-    target_logit_kernel[(triton.cdiv(T, block_t),)](
+    target_logit_kernel[(cdiv(T, block_t),)](
         x, w, bias, target_ids, out, x.stride(0), w.stride(0), T, V, H, scale, cap or 0.0,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=cap is not None, UPCAST=is_interpreting(),
         PRECISION=precision(x), BLOCK_T=block_t, BLOCK_H=block_h, num_warps=warps,
@@ -167,28 +168,31 @@ def _forward_triton(x, w, bias, target_ids, options, out):
     tau, scale, cap = options.row_options
     use_tma = uses_tma(x, w)
     flags = dict(HAS_BIAS=bias is not None, HAS_SOFTCAP=cap is not None)
-    per_row = dict(HAS_TEMPERATURE=isinstance(tau, torch.Tensor))
+    has_taus = isinstance(tau, torch.Tensor)
+    per_row = dict(HAS_TEMPERATURE=has_taus)
+    taus, tau = (tau, 1.0) if has_taus else (None, tau)
     target_logits(x, w, bias, target_ids, out[3], scale, cap)
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
-    block_v = launch_options(FOLD_CONFIG, x, w, use_tma)[1]["BLOCK_V"]
+    block_v = tile_sizes(FOLD_CONFIG, x, use_tma)[1]
     n_parts = -(-V // block_v)
     # three fp32 parts a row and tile, in the memory of [chunk, V] 2-byte values
     step = max(1, chunk * V // (6 * n_parts))
     for start in range(0, T, step):
         rows = slice(start, min(T, start + step))
         n = rows.stop - rows.start
-        tau, _, _ = options.of_rows(rows).row_options
-        taus = tau if per_row["HAS_TEMPERATURE"] else None
-        tau = 1.0 if per_row["HAS_TEMPERATURE"] else tau
-        parts = torch.empty(3, n_parts, n, dtype=torch.float32, device=x.device)
-        operands, launch = launch_options(FOLD_CONFIG, x[rows], w, use_tma)
+        per_row_inputs = (x, target_ids, taus, *out)
+        x_part, y, tau_part, *found, target_z = (
+            t if t is None or n == T else t[rows] for t in per_row_inputs
+        )
+        parts = torch.empty(3, n_parts, n, dtype=torch.float32, device=x.device).unbind()
+        operands, launch = launch_options(FOLD_CONFIG, x_part, w, use_tma)
         fold_kernel[(launch["NUM_PROGRAMS"],)](
-            *operands, bias, taus, *parts, x.stride(0), w.stride(0), n, V, H, tau, scale,
+            *operands, bias, tau_part, *parts, x.stride(0), w.stride(0), n, V, H, tau, scale,
             cap or 0.0, **flags, **per_row, EVEN_V=V % block_v == 0, **launch,
         )  # fmt: skip
         block_t, block_n = MERGE_CONFIG
-        merge_kernel[(triton.cdiv(n, block_t),)](
-            *parts, target_ids[rows], taus, out[3][rows], *(o[rows] for o in out[:3]),
+        merge_kernel[(cdiv(n, block_t),)](
+            *parts, y, tau_part, target_z, *found,
             n, V, n_parts, tau, **per_row, BLOCK_T=block_t, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
 
@@ -255,7 +259,7 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, dw, main_grad, d
     logprobs, entropy, lse, target_z = scores
     use_tma = uses_tma(x, w)
     table = dlogits_config(V, bias is not None, cap is not None)
-    tile = launch_options(table, x, w, use_tma)[1]["BLOCK_V"]
+    tile = tile_sizes(table, x, use_tma)[1]
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
     # as many values as a [chunk, V] block holds, in whole tiles
     width = min(-(-V // tile) * tile, max(tile, chunk * V // T // tile * tile))
@@ -263,21 +267,25 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, dw, main_grad, d
     for first in range(0, V, width):
         columns = slice(first, min(V, first + width))
         n = columns.stop - first
-        operands, launch = launch_options(table, x, w[columns], use_tma)
+        w_part, bias_part, dw_part = (
+            t if t is None or n == V else t[columns]
+            for t in (w, bias, dw if main_grad is None else main_grad)
+        )
+        operands, launch = launch_options(table, x, w_part, use_tma)
         dlogits_kernel[(launch["NUM_PROGRAMS"],)](
-            *operands, None if bias is None else bias[columns], target_ids,
+            *operands, bias_part, target_ids,
             tau if has_taus else None, target_z, logprobs, entropy, lse, *grads, block,
             x.stride(0), w.stride(0), block.stride(0), T, n, H, first, 1.0 if has_taus else tau,
             scale, cap or 0.0, HAS_BIAS=bias is not None, HAS_TEMPERATURE=has_taus,
             HAS_SOFTCAP=cap is not None, HAS_DLOGPROBS=grads[0] is not None,
             HAS_DENTROPY=grads[1] is not None, HAS_DLSE=grads[2] is not None, **launch,
         )  # fmt: skip
-        dr = block[:, :n]
+        dr = block if n == width else block[:, :n]
         if dx is not None:
-            add_matmul(dx, dr, w[columns])
+            add_matmul(dx, dr, w_part)
         if main_grad is not None:
-            add_matmul(main_grad[columns], dr.t(), x)
+            add_matmul(dw_part, dr.t(), x)
         elif dw is not None:
-            dw[columns] = matmul(dr.t(), x)  # fp32: a bf16 result may be reduced in bf16
+            dw_part.copy_(matmul(dr.t(), x))  # fp32: a bf16 result may be reduced in bf16
         if db is not None:
             db[columns] = dr.sum(dim=0, dtype=torch.float32)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from qlkernels._triton import tl, triton
+from qlkernels._triton import cdiv, next_power_of_2, tl, triton
 
 _MOST_PARTS = 1024  # rows of partial sums
 _TAKEN = tl.constexpr(-(2**31))  # below the key of every logit
@@ -324,7 +324,7 @@ def _blocks(E: int, elements: int) -> tuple[int, int]:
     """(rows, columns) of a tile; the same for every T, so that a row's bits do not depend on how
     many there are.
     """
-    block_e = max(16, triton.next_power_of_2(E))
+    block_e = max(16, next_power_of_2(E))
     return max(1, min(64, elements // block_e)), block_e
 
 
@@ -342,8 +342,8 @@ def route(
     T, E = router_logits.shape
     top_k = topk_ids.shape[1]
     block_t, block_e = _blocks(E, _ROUTE_TILE)
-    tiles = max(1, triton.cdiv(T, block_t * _MOST_PARTS))
-    parts = triton.cdiv(T, block_t * tiles)
+    tiles = max(1, cdiv(T, block_t * _MOST_PARTS))
+    parts = cdiv(T, block_t * tiles)
     part_probs = torch.empty(parts, E, dtype=torch.float32, device=router_logits.device)
     part_counts = torch.empty(parts, E, dtype=torch.int32, device=router_logits.device)
     if T > 0:
@@ -364,10 +364,10 @@ def route(
             ROUNDING=_ROUNDING[weights_dtype],
             BLOCK_T=block_t,
             BLOCK_E=block_e,
-            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_K=next_power_of_2(top_k),
             num_warps=_WARPS,
         )
-    _moe_totals_kernel[(triton.cdiv(E, _COLUMNS["BLOCK_E"]),)](
+    _moe_totals_kernel[(cdiv(E, _COLUMNS["BLOCK_E"]),)](
         part_probs, part_counts, prob_sums, tokens_per_expert, parts, E, **_COLUMNS
     )
 
@@ -386,7 +386,7 @@ def route_backward(
         return
     top_k = topk_ids.shape[1]
     block_t, block_e = _blocks(E, _ROUTE_TILE)
-    _moe_route_bwd_kernel[(triton.cdiv(T, block_t),)](
+    _moe_route_bwd_kernel[(cdiv(T, block_t),)](
         router_logits,
         topk_ids,
         dtopk_weights,
@@ -401,7 +401,7 @@ def route_backward(
         HAS_DPROBS=dprob_sums is not None,
         BLOCK_T=block_t,
         BLOCK_E=block_e,
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=next_power_of_2(top_k),
         num_warps=_WARPS,
     )
 
@@ -420,14 +420,14 @@ def build_index(
         return
     T, top_k = topk_ids.shape
     block_r, block_e = _blocks(num_experts, _INDEX_TILE)
-    tiles = triton.cdiv(max(512, triton.cdiv(rows, _MOST_PARTS)), block_r)
-    parts = triton.cdiv(rows, tiles * block_r)
+    tiles = cdiv(max(512, cdiv(rows, _MOST_PARTS)), block_r)
+    parts = cdiv(rows, tiles * block_r)
     options = dict(dtype=torch.int32, device=topk_ids.device)
     counts = torch.empty(parts, num_experts, **options)
     totals = torch.empty(num_experts, **options)
     blocks = dict(TOP_K=top_k, BLOCK_R=block_r, BLOCK_E=block_e, num_warps=_WARPS)
     _count_experts_kernel[(parts,)](topk_ids, counts, T, tiles, num_experts, **blocks)
-    _scan_counts_kernel[(triton.cdiv(num_experts, _COLUMNS["BLOCK_E"]),)](
+    _scan_counts_kernel[(cdiv(num_experts, _COLUMNS["BLOCK_E"]),)](
         counts, totals, parts, num_experts, **_COLUMNS
     )
     _sort_rows_kernel[(parts,)](

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from qlkernels import _checks
-from qlkernels._direct import direct_function, is_watched
+from qlkernels._direct import call_direct, direct_function, is_watched
 from qlkernels._dispatch import pick_impl
 from qlkernels._nvtx import op_range
 from qlkernels._target import why_not_triton
@@ -178,7 +178,7 @@ def _run_backward(
                 dloss, coef, g, (response_mask, keep_mask, weights), cu_seqlens,
                 PolicyOptions.unpacked(numbers, flags, words), dentropy,
             )  # fmt: skip
-    return dlogprobs, g.new_zeros(0) if dentropy is None else dentropy
+    return dlogprobs, g.new_empty(0) if dentropy is None else dentropy
 
 
 _op_bwd = torch.library.custom_op("qlkernels::policy_loss_bwd", _run_backward, mutates_args=())
@@ -379,9 +379,10 @@ def policy_loss(
     )
     count = count if rule != "weights" else None
     inputs = (*tensors.values(), weights, cu_seqlens, count, *options.packed(), chosen)
-    watched = is_watched(*inputs)
-    call = torch.ops.qlkernels.policy_loss if watched else _PolicyLoss.apply
-    loss, metrics, *_ = call(*inputs)
+    if is_watched(*inputs):
+        loss, metrics, *_ = torch.ops.qlkernels.policy_loss(*inputs)
+    else:
+        loss, metrics, *_ = call_direct(_PolicyLoss, inputs)
     values = metrics.detach().unbind()
     by_name = {name: values[column] for name, column in METRIC_COLUMNS.items()}
     return PolicyLoss(loss, PolicyLossMetrics(**by_name))

@@ -46,6 +46,12 @@ def detached(x):
     return x.detach() if isinstance(x, torch.Tensor) else x
 
 
+def as_wanted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous and in ``dtype``; x itself where it is both, without asking it to become so."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
+
+
 def check_choices(loss_type, kl_estimator, denominator) -> None:
     choices = {
         "loss_type": (loss_type, tuple(RULE_OF)),
@@ -167,14 +173,15 @@ def policy_loss_arguments(
             raise ValueError(f"{OP}: {name} is {got}, but logprobs is {tuple(shape)}")
         _checks.check_dtype(OP, name, x, wanted)
         _checks.check_device(OP, name, x, logprobs, "logprobs")
-        x = x.reshape(-1).contiguous()
-        return x if x.dtype == torch.bool else x.to(dtype)
+        if x.dim() != 1:
+            x = x.reshape(-1)
+        return as_wanted(x, x.dtype if x.dtype == torch.bool else dtype)
 
     bools = (torch.bool,)
     if isinstance(advantages, torch.Tensor) and advantages.shape == (B,):
         _checks.check_dtype(OP, "advantages", advantages, _checks.FLOATS)
         _checks.check_device(OP, "advantages", advantages, logprobs, "logprobs")
-        A = advantages.detach().to(dtype).contiguous()
+        A = as_wanted(advantages.detach(), dtype)
     else:
         if not isinstance(advantages, torch.Tensor) or advantages.shape != shape:
             got = getattr(advantages, "shape", type(advantages).__name__)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import torch
 
-from qlkernels._triton import tl, triton
+from qlkernels._triton import cdiv, tl, triton
 
 # Statistics of a sequence and of the batch: sums, then the ratio's extremes. A tile holds the first
 # eight, with two counts in one number (columns 0, 1, 2 and PACK times columns 8, 9, 10).
@@ -423,7 +423,7 @@ OPTIONS = dict(num_warps=8)
 
 
 def _tiles(T: int, B: int) -> int:
-    return triton.cdiv(T, BLOCK) + B + 1
+    return cdiv(T, BLOCK) + B + 1
 
 
 def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
@@ -431,15 +431,14 @@ def forward(rows, cu_seqlens, count, options) -> tuple[torch.Tensor, ...]:
     logprobs, old = rows["logprobs"], rows["old_logprobs"]
     T, B = logprobs.shape[0], cu_seqlens.shape[0] - 1
     n_tiles = _tiles(T, B)
-    new = dict(dtype=torch.float32, device=logprobs.device)
-    scratch = torch.empty(n_tiles + B, COLUMNS, **new)
+    new = logprobs.new_empty  # fp32
+    scratch = new(n_tiles + B, COLUMNS)
     ended = torch.zeros(B + 1, dtype=torch.int32, device=logprobs.device)
-    g, coef = torch.empty(T, **new), torch.empty(2 * B + 1, **new)
-    loss, metrics = torch.empty((), **new), torch.empty(COLUMNS, **new)
+    g, coef, loss, metrics = new(T), new(2 * B + 1), new(()), new(COLUMNS)
     is_sequence = options.loss_type == "gspo"
     log_ratio = None
     if is_sequence and old is not None:
-        log_ratio = torch.empty(2, n_tiles, **new)
+        log_ratio = new(2, n_tiles)
         _log_ratio_kernel[(n_tiles,)](
             logprobs, old, rows["response_mask"], cu_seqlens, log_ratio, T, B, n_tiles,
             BLOCK=BLOCK, SEARCH=SEARCH, **OPTIONS,
