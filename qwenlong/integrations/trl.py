@@ -28,8 +28,9 @@ import torch.distributed as dist
 from qlkernels.hf import attention as hf_attention
 from qwenlong.advantages import group_advantages
 from qwenlong.aepo import EntropyController, EntropyMeter
+from qwenlong.integrations.patches import Patch
 from qwenlong.integrations.trl_prefix import shared_prefix_scores
-from qwenlong.integrations.trl_scores import TRLPatch, patch_trl, require_trl
+from qwenlong.integrations.trl_scores import patch_trl, require_trl
 from qwenlong.sampler import TaskBalancedSampler
 from qwenlong.storage import write_json
 
@@ -46,7 +47,7 @@ __all__ = [
     "AEPOGRPOConfig",
     "AEPOGRPOTrainer",
     "RepeatedTaskBatches",
-    "TRLPatch",
+    "Patch",
     "patch_trl",
 ]
 SCALES = ("group", "batch", "none", "task")

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from qlkernels import linear_logprob, logprob_entropy
+from qwenlong.integrations.patches import Patch, Replacements
 from qwenlong.integrations.versions import require_version
 
 WORKS_WITH = ((1, 16), (1, 17))  # from, and below
@@ -23,8 +24,7 @@ _HEAD, _LOGITS, _IS_FOR_LOGITS = (
 )
 _OURS = {"log_probs", "entropy"}
 
-_originals: dict[str, object] = {}  # of trl.trainer.utils, while patched
-_depth = 0
+_replacements = Replacements()
 
 
 def require_trl() -> ModuleType:
@@ -39,33 +39,7 @@ def require_trl() -> ModuleType:
     return trl.trainer.utils
 
 
-class TRLPatch:
-    """What ``patch_trl`` returns: ``undo()``, or leave the ``with`` block."""
-
-    def __init__(self) -> None:
-        self._is_on = True
-
-    def undo(self) -> None:
-        """Give TRL its own functions back, once every patch is undone. Twice does no harm."""
-        global _depth
-        if not self._is_on:
-            return
-        self._is_on = False
-        _depth -= 1
-        if _depth == 0:
-            utils = require_trl()
-            for name, original in _originals.items():
-                setattr(utils, name, original)
-            _originals.clear()
-
-    def __enter__(self) -> TRLPatch:
-        return self
-
-    def __exit__(self, *_error) -> None:
-        self.undo()
-
-
-def patch_trl() -> TRLPatch:
+def patch_trl() -> Patch:
     """Compute log-probabilities and entropies of every TRL trainer with our ops, from here on.
 
         patch_trl()                      # for the rest of the process, or
@@ -81,16 +55,13 @@ def patch_trl() -> TRLPatch:
     Raises:
         ImportError: TRL is missing, or is a version other than those that work.
     """
-    global _depth
     utils = require_trl()
-    if _depth == 0:
-        ours = {_HEAD: _Head, _LOGITS: _from_logits, _IS_FOR_LOGITS: _is_for_logits}
-        for name, value in ours.items():
-            if hasattr(utils, name):  # the one from logits exists only where Triton does
-                _originals[name] = getattr(utils, name)
-                setattr(utils, name, value)
-    _depth += 1
-    return TRLPatch()
+    ours = {_HEAD: _Head, _LOGITS: _from_logits, _IS_FOR_LOGITS: _is_for_logits}
+    return _replacements.patch(
+        (utils, name, value)
+        for name, value in ours.items()
+        if hasattr(utils, name)  # the one from logits exists only where Triton does
+    )
 
 
 # --- what TRL calls ----------------------------------------------------------
@@ -112,7 +83,7 @@ class _Head:
         outputs: tuple[str, ...] = (),
     ) -> tuple[torch.Tensor | None, ...]:
         if set(outputs) - _OURS:
-            return _originals[_HEAD].apply(
+            return _replacements.originals[_HEAD].apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                 logit_scale, outputs,
             )  # fmt: skip

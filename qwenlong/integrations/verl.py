@@ -30,14 +30,15 @@ from typing import Any
 import torch
 
 from qwenlong.advantages import group_advantages
-from qwenlong.aepo import EntropyController, EntropyMeter, batch_entropy
-from qwenlong.integrations.verl_kernels import VerlPatch, patch_verl, require_verl
+from qwenlong.aepo import EntropyController, EntropyMeter
+from qwenlong.integrations.patches import Patch
+from qwenlong.integrations.verl_kernels import patch_verl, require_verl
 from qwenlong.integrations.verl_plugin import ESTIMATOR, MODES, PREFIX
 from qwenlong.storage import write_json
 
 require_verl()
 
-__all__ = ["VerlPatch", "VerlSettings", "patch_verl", "task_advantages", "trainers"]
+__all__ = ["Patch", "VerlSettings", "patch_verl", "task_advantages", "trainers"]
 STATE_FILE = "aepo_state.json"  # in a checkpoint
 SECTION = "trainer.v1.qwenlong"
 logger = logging.getLogger(__name__)
@@ -202,9 +203,8 @@ class _Hooks:
 
     def _compute_advantage(self, batch, metrics: dict):
         is_padding = [bool(tag.get("is_padding", False)) for tag in batch.tags]
-        token = None
+        ends, token = _session_ends(batch.keys, is_padding), None
         if self.config.algorithm.adv_estimator == ESTIMATOR:
-            ends = _session_ends(batch.keys, is_padding)
             token = _rows.set(_Rows(self._tasks(batch), ends, self._settings.task_eps))
         try:
             batch = super()._compute_advantage(batch, metrics)
@@ -212,7 +212,7 @@ class _Hooks:
             if token is not None:
                 _rows.reset(token)
         if self._controller is not None:
-            self._drop_sequences(batch, torch.tensor(is_padding), metrics)
+            self._drop_sequences(batch, ends, metrics)
         return batch
 
     def _tasks(self, batch) -> list:
@@ -235,8 +235,11 @@ class _Hooks:
             )
         return tasks
 
-    def _drop_sequences(self, batch, is_padding: torch.Tensor, metrics: dict) -> None:
-        """Set the advantages of sequences that AEPO drops to 0, where verl keeps them."""
+    def _drop_sequences(self, batch, ends: list[int | None], metrics: dict) -> None:
+        """Set the advantages of sequences that AEPO drops to 0, where verl keeps them.
+
+        A sequence is a session, with all its outputs.
+        """
         import transfer_queue as tq
         from tensordict import TensorDict
         from verl.workers.utils.padding import response_to_nested
@@ -258,19 +261,24 @@ class _Hooks:
                 f"{ESTIMATOR} or grpo"
             )
         controller = self._controller
-        entropy = batch_entropy(data["entropy"], mask, kind=self._settings.aepo_entropy).item()
+        meter = EntropyMeter(self._settings.aepo_entropy)
+        session_of = [row if end is None else end for row, end in enumerate(ends)]
+        meter.add(data["entropy"], mask, sequence_of=torch.tensor(session_of))
+        entropy = meter.value().item()
         is_known = math.isfinite(entropy)  # NaN where no token is trained on
         if controller.entropy_source == "previous_step":
             dropping = controller.begin_step()
         else:
             dropping = controller.begin_step(entropy) if is_known else controller.dropping
-        dropped = torch.zeros_like(is_padding)
-        dropped[~is_padding] = ~controller.keep_sequences(of_rows[~is_padding])
+        is_real = torch.tensor([end is not None for end in ends])
+        dropped = torch.zeros_like(is_real)
+        dropped[is_real] = ~controller.keep_sequences(of_rows[is_real])
         if is_known:
             controller.end_step(entropy)
             metrics["aepo/entropy"] = entropy
         metrics["aepo/dropping"] = float(dropping)
-        metrics["aepo/dropped_fraction"] = dropped[~is_padding].float().mean().item()
+        last = [row for row, end in enumerate(ends) if row == end]
+        metrics["aepo/dropped_fraction"] = dropped[last].float().mean().item()
         advantages = torch.where(dropped[:, None], 0.0, advantages)
         tq.kv_batch_put(
             keys=batch.keys,

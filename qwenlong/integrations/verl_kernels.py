@@ -9,18 +9,16 @@ own backends stay what they are.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from qlkernels import linear_logprob
+from qwenlong.integrations.patches import Patch, Replacements
 from qwenlong.integrations.versions import require_version
 
 BACKEND = "qwenlong"
 WORKS_WITH = ((0, 9, 1), (0, 10))  # from, and below
 
-_originals: list[tuple[ModuleType, str, object]] = []  # while patched
-_depth = 0
+_replacements = Replacements()
 
 
 def require_verl() -> None:
@@ -32,35 +30,7 @@ def require_verl() -> None:
     require_version("verl", "verl", WORKS_WITH, "builds on methods that verl may change")
 
 
-class VerlPatch:
-    """What ``patch_verl`` returns: ``undo()``, or leave the ``with`` block."""
-
-    def __init__(self) -> None:
-        self._is_on = True
-
-    def undo(self) -> None:
-        """Give verl its own functions back, once every patch is undone. Twice does no harm.
-
-        A model that was given the backend keeps its name, which verl then refuses.
-        """
-        global _depth
-        if not self._is_on:
-            return
-        self._is_on = False
-        _depth -= 1
-        if _depth == 0:
-            for module, name, original in _originals:
-                setattr(module, name, original)
-            _originals.clear()
-
-    def __enter__(self) -> VerlPatch:
-        return self
-
-    def __exit__(self, *_error) -> None:
-        self.undo()
-
-
-def patch_verl() -> VerlPatch:
+def patch_verl() -> Patch:
     """Make ``impl_backend: qwenlong`` a backend of verl's fused kernels, in this process.
 
     verl's workers are processes of their own: there it is one key of the configuration,
@@ -73,24 +43,17 @@ def patch_verl() -> VerlPatch:
     Raises:
         ImportError: verl is missing, or is a version other than those that work.
     """
-    global _depth
     require_verl()
     from verl.models.transformers import monkey_patch
     from verl.utils.experimental import torch_functional
 
-    if _depth == 0:
-        forwards, head = (
-            monkey_patch.patch_forward_with_backends,
-            torch_functional.FusedLinearForPPO,
-        )
-        for module, name, ours in (
-            (monkey_patch, "patch_forward_with_backends", _forwards_with_ours(forwards)),
-            (torch_functional, "FusedLinearForPPO", _head_with_ours(head)),
-        ):
-            _originals.append((module, name, getattr(module, name)))
-            setattr(module, name, ours)
-    _depth += 1
-    return VerlPatch()
+    forwards, head = "patch_forward_with_backends", "FusedLinearForPPO"
+    return _replacements.patch(
+        [
+            (monkey_patch, forwards, _forwards_with_ours(getattr(monkey_patch, forwards))),
+            (torch_functional, head, _head_with_ours(getattr(torch_functional, head))),
+        ]
+    )
 
 
 def _forwards_with_ours(original):

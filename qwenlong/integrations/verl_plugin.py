@@ -72,10 +72,11 @@ def _add_trainers(v1: ModuleType) -> None:
         from qwenlong.integrations.verl import trainers
 
         found = trainers()
-    except ImportError as error:
+    except Exception as error:  # verl's import must go on: whoever uses a name hears of it
         if not hasattr(v1, "register_trainer"):
             return
-        refused = _refusing(v1, str(error))
+        is_plain = isinstance(error, ImportError)
+        refused = _refusing(v1, str(error) if is_plain else f"{type(error).__name__}: {error}")
         found = {PREFIX + mode: refused for mode in MODES}
     for name, trainer in found.items():
         v1.register_trainer(name)(trainer)

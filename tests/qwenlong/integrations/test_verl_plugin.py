@@ -93,6 +93,20 @@ def test_another_version_is_refused_where_a_name_is_used(verl):
         assert "verl 0.8.0 is installed" in text and "verl>=0.9.1,<0.10" in text
 
 
+def test_an_error_of_ours_does_not_keep_verl_from_its_import(verl):
+    """As where a library beneath ours is broken."""
+    code = PLUGIN + (
+        "import qwenlong.integrations, types\n"
+        "class Broken(types.ModuleType):\n"
+        "    def __getattr__(self, name): raise RuntimeError('no such device')\n"
+        "sys.modules['qwenlong.integrations.verl'] = Broken('broken')\n"
+        "import verl.trainer.ppo.v1 as v1\n"
+        "try: v1.TRAINERS['qwenlong_sync']('config')\n"
+        "except ImportError as error: print(error)\n"
+    )
+    assert verl(code) == "RuntimeError: no such device\n"
+
+
 @pytest.mark.parametrize("version", ["0.8.0", "0.9.0", "0.10.0", "0.10.0.dev1", "1.0", None])
 def test_patch_verl_refuses_other_versions(version, monkeypatch):
     def installed(_name: str) -> str:
