@@ -81,7 +81,8 @@ def run_arms(
 
     Raises:
         InputError: no seed, one twice, or that of the calibration; a recipe that brings its own
-            ``aepo`` or has fewer than two tasks; ``out`` holds runs of another recipe.
+            ``aepo``, has fewer than two tasks or no prompt of each in a step; ``out`` holds runs of
+            another recipe.
     """
     _check(base, seeds)
     model = model_folder(base.model.path)
@@ -89,6 +90,11 @@ def run_arms(
     tasks = sorted({sample.task for sample in samples})
     if len(tasks) < 2:
         raise InputError(f"all samples are of the task {tasks[0]}; the arms need two or more.")
+    if base.batch.prompts < len(tasks):
+        raise InputError(
+            f"batch.prompts is {base.batch.prompts}, and there are {len(tasks)} tasks; every step "
+            "needs a prompt of each."
+        )
     before = _answers(out / f"before-{HELD_OUT}", model, samples, base, console)
     calibration = _train(base, out, console, "task", CALIBRATION_SEED)
     bounds = bounds_of(calibration["entropy"])
@@ -223,7 +229,7 @@ def main(
     write_jsonl(path, rows)
     draw(rows, path.with_suffix(".png"))
     with atomic_write(path.with_suffix(".md")) as file:
-        file.write(page(rows))
+        file.write(page(rows, path.with_suffix(".png").name))
     print(path.with_suffix(".md"))
 
 

@@ -156,8 +156,8 @@ def _bars(axes: Axes, setup: Row, arms: Mapping[str, Sequence[Row]], tasks: Sequ
 # --- the page ----------------------------------------------------------------
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The page in Markdown."""
+def page(rows: Sequence[Row], picture: str = "aepo-curves.png") -> str:
+    """The page in Markdown; ``picture`` lies beside it."""
     setup, calibration, arms = _parts(rows)
     tasks = sorted(setup["held_out"])
     questions = sum(len(v) for p in setup["held_out"].values() for v in p.values())
@@ -166,7 +166,7 @@ def page(rows: Sequence[Row]) -> str:
     seeds = ", ".join(map(str, setup["seeds"]))
     text = f"""# AEPO beside GRPO: curves
 
-![Rewards and entropies of the arms](aepo-curves.png)
+![Rewards and entropies of the arms]({picture})
 
 `python -m bench.aepo_curves` trains `{setup["model"]}` by the recipe `{setup["recipe"]}`:
 {setup["steps"]} steps of {setup["prompts"]} prompts with {setup["group_size"]} answers, learning \
@@ -254,7 +254,7 @@ def main(results: str) -> None:
     rows = list(read_jsonl(path))
     draw(rows, path.with_suffix(".png"))
     with atomic_write(path.with_suffix(".md")) as file:
-        file.write(page(rows))
+        file.write(page(rows, path.with_suffix(".png").name))
     print(path.with_suffix(".md"))
 
 

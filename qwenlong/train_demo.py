@@ -76,11 +76,12 @@ def run_demo(
     temperatures = (recipe.rollout.temperature, 0.0) if greedy else (recipe.rollout.temperature,)
     rows: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for when in BOTH:
-        folder = base
+        folder, name = base, when
         if when == "after":
             folder = run_locked_stage(recipe, out, resume=True, console=console)
+            name = f"after-{recipe.steps}"  # a run may go on with more steps
         for temperature in temperatures:
-            path = out / "held-out" / f"{when}-t{temperature:g}.jsonl"
+            path = out / "held-out" / f"{name}-t{temperature:g}.jsonl"
             found = list(read_jsonl(path)) if path.exists() else []
             if [row["sample_id"] for row in found] != [sample.id for sample in samples]:
                 console.print(f"{len(samples)} held-out questions, {when} the training ...")
@@ -110,8 +111,11 @@ def held_out(recipe: Recipe, tokenizer: Any, passages: int) -> list[Sample]:
     """The questions of ``passages`` held-out passages whose prompts fit the recipe's lengths.
 
     Raises:
-        InputError: the recipe has no task ``needle``, or there are fewer such passages.
+        InputError: the recipe has no task ``needle``, or there are fewer such passages; none is
+            asked for.
     """
+    if passages < 1:
+        raise InputError(f"--passages is {passages}; it must be at least 1.")
     task = next((task for task in recipe.data.tasks if task.name == "needle"), None)
     if task is None:
         raise InputError("train-demo: the recipe must have the task needle under data.tasks.")

@@ -14,39 +14,18 @@ from bench.aepo_curves import RECIPE, arm_recipe, bounds_of, main, run_arms
 from bench.aepo_curves_page import main as redraw
 from bench.aepo_curves_page import page
 from qwenlong import train_plot
-from qwenlong.config import Recipe, load_recipe, recipe_from
+from qwenlong.config import Recipe, load_recipe
 from qwenlong.errors import InputError
 from qwenlong.storage import read_jsonl
+from tests.qwenlong.train_runs import tiny_needle_recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
 QUIET = Console(quiet=True)
-SMALL = {
-    "name": "small-curves",
-    "steps": 3,
-    "model": {"path": "builtin:tiny", "compute_dtype": "float32", "device": "cpu"},
-    "data": {
-        "tasks": [
-            {
-                "name": "needle",
-                "count": 24,
-                "options": {
-                    "forms": ["value", "sentence"],
-                    "questions": 4,
-                    "document_tokens": 20,
-                    "eval_fraction": 0.3,
-                },
-            }
-        ],
-        "max_prompt_tokens": 1500,
-    },
-    "batch": {"prompts": 4, "group_size": 2},
-    "rollout": {"max_new_tokens": 5, "temperature": 1.0},
-    "optimizer": {"learning_rate": 1e-3},
-}
+SMALL = {"name": "small-curves", "steps": 3, "optimizer": {"learning_rate": 1e-3}}
 
 
 def small(**changes) -> Recipe:
-    return recipe_from(Recipe, {**SMALL, **changes})
+    return tiny_needle_recipe(**{**SMALL, **changes})
 
 
 def by_arm(rows):
@@ -161,7 +140,7 @@ def _timeless(rows):
 def test_the_command_writes_curves_picture_and_page(finished, tmp_path, capsys):
     out, rows = finished
     recipe = tmp_path / "small.yaml"
-    recipe.write_text(json.dumps(SMALL))  # JSON is YAML
+    recipe.write_text(small().model_dump_json())  # JSON is YAML
     main(recipe=recipe, out=out, seeds="1", passages=3, results=tmp_path)
     written = tmp_path / "aepo-curves.jsonl"
     assert list(read_jsonl(written)) == rows
@@ -169,9 +148,10 @@ def test_the_command_writes_curves_picture_and_page(finished, tmp_path, capsys):
     text = (tmp_path / "aepo-curves.md").read_text()
     assert text == page(rows)
     assert f"{rows[0]['low']} and {rows[0]['high']} nats" in text
-    (tmp_path / "aepo-curves.md").unlink()
-    redraw(str(written))
-    assert (tmp_path / "aepo-curves.md").read_text() == text
+    other = written.rename(tmp_path / "other.jsonl")
+    redraw(str(other))
+    assert other.with_suffix(".md").read_text() == text.replace("(aepo-curves.png)", "(other.png)")
+    assert other.with_suffix(".png").stat().st_size > 20_000
     with pytest.raises(InputError, match="whole numbers"):
         main(recipe=recipe, out=out, seeds="one", passages=3)
 
@@ -219,10 +199,14 @@ def test_what_is_refused(tmp_path):
             run_arms(small(), tmp_path, seeds, 3, console=QUIET)
     with pytest.raises(InputError, match="section aepo"):
         run_arms(small(aepo={"low": 0.1, "high": 0.2}), tmp_path, [1], 3, console=QUIET)
-    one = json.loads(json.dumps(SMALL["data"]))
+    one = small().model_dump()["data"]
     one["tasks"][0]["options"]["forms"] = ["value"]
     with pytest.raises(InputError, match="all samples are of the task reading_qa"):
         run_arms(small(data=one), tmp_path, [1], 3, console=QUIET)
+    with pytest.raises(InputError, match="batch.prompts is 1, and there are 2 tasks"):
+        run_arms(small(batch={"prompts": 1}), tmp_path, [1], 3, console=QUIET)
+    with pytest.raises(InputError, match="--passages is 0"):
+        run_arms(small(), tmp_path, [1], 0, console=QUIET)
     assert not list(tmp_path.iterdir())
 
 

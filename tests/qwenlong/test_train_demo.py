@@ -6,45 +6,18 @@ import pytest
 from rich.console import Console
 
 from qwenlong import prompts
-from qwenlong.config import Recipe, load_recipe, recipe_from
+from qwenlong.config import load_recipe
 from qwenlong.episodes import prompt_ids
 from qwenlong.errors import InputError
 from qwenlong.models import load_tokenizer
 from qwenlong.tiny import model_folder
 from qwenlong.train_demo import RECIPE, describe, held_out, run_demo, seeds_table
-
-SMALL = {
-    "name": "small-demo",
-    "steps": 2,
-    "model": {"path": "builtin:tiny", "compute_dtype": "float32", "device": "cpu"},
-    "data": {
-        "tasks": [
-            {
-                "name": "needle",
-                "count": 24,
-                "options": {
-                    "forms": ["value", "sentence"],
-                    "questions": 4,
-                    "document_tokens": 60,
-                    "eval_fraction": 0.3,
-                },
-            }
-        ],
-        "max_prompt_tokens": 1500,
-    },
-    "batch": {"prompts": 2, "group_size": 4},
-    "rollout": {"max_new_tokens": 6, "temperature": 1.0},
-    "optimizer": {"learning_rate": 1e-2},
-}
-
-
-def small(**changes) -> Recipe:
-    return recipe_from(Recipe, {**SMALL, **changes})
+from tests.qwenlong.train_runs import tiny_needle_recipe
 
 
 def test_ask_train_ask_again(tmp_path):
-    quiet = Console(quiet=True)
-    result = run_demo(small(), tmp_path, 3, greedy=True, console=quiet)
+    quiet, recipe = Console(quiet=True), tiny_needle_recipe()
+    result = run_demo(recipe, tmp_path, 3, greedy=True, console=quiet)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (tmp_path / "train-demo.png").stat().st_size > 10_000
     asked = [(row["task"], row["temperature"], row["prompts"]) for row in result["rewards"]]
@@ -62,24 +35,33 @@ def test_ask_train_ask_again(tmp_path):
     assert "| all | 1 | 12 |" in rows[0]
 
     # What is there is not made again: a row that is changed stays.
-    path = tmp_path / "held-out" / "after-t1.jsonl"
+    path = tmp_path / "held-out" / "after-2-t1.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "reward": 1.0}) + "\n" for row in rows))
-    again = run_demo(small(), tmp_path, 3, greedy=False, console=quiet)
+    again = run_demo(recipe, tmp_path, 3, greedy=False, console=quiet)
     assert again["rewards"][0]["after"]["mean"] == 1.0
+
+    # But a model of more steps is asked for itself, and only it.
+    before = path.with_name("before-t1.jsonl").stat().st_mtime_ns
+    longer = recipe.model_copy(update={"steps": 3})
+    more = run_demo(longer, tmp_path, 3, greedy=False, console=quiet)
+    assert more["steps"] == 3 and more["rewards"][0]["after"]["mean"] < 1.0
+    assert path.with_name("before-t1.jsonl").stat().st_mtime_ns == before
 
 
 def test_held_out_questions_fit_and_are_not_trained_on():
     tokenizer = load_tokenizer(model_folder("builtin:tiny"))
-    samples = held_out(small(), tokenizer, 3)
+    samples = held_out(tiny_needle_recipe(), tokenizer, 3)
     assert len(samples) == 12 and {s.split for s in samples} == {"eval"}
     lengths = [len(prompt_ids(tokenizer, prompts.render(s))) for s in samples]
     assert max(lengths) <= 1500
-    narrow = small(data={**SMALL["data"], "max_prompt_tokens": min(lengths)})
+    narrow = tiny_needle_recipe(data={"max_prompt_tokens": min(lengths)})
     with pytest.raises(InputError, match="held-out passages fit"):
         held_out(narrow, tokenizer, 1_000)
     with pytest.raises(InputError, match="must have the task needle"):
-        held_out(small(data={"folder": "x", "max_prompt_tokens": 9}), tokenizer, 3)
+        held_out(tiny_needle_recipe(data={"folder": "x", "tasks": []}), tokenizer, 3)
+    with pytest.raises(InputError, match="--passages is 0; it must be at least 1"):
+        held_out(tiny_needle_recipe(), tokenizer, 0)
 
 
 def test_the_recipe_of_the_demo():

@@ -46,6 +46,29 @@ def tiny_recipe(folder: Path, /, **changes: Any) -> Recipe:
     return recipe_from(Recipe, over(raw, changes))
 
 
+def tiny_needle_recipe(**changes: Any) -> Recipe:
+    """Two steps that train the built-in model on two forms of questions about short passages."""
+    options = {
+        "forms": ["value", "sentence"],
+        "questions": 4,
+        "document_tokens": 20,
+        "eval_fraction": 0.3,
+    }
+    raw = {
+        "name": "tiny-needle",
+        "steps": 2,
+        "model": {"path": "builtin:tiny", "compute_dtype": "float32", "device": "cpu"},
+        "data": {
+            "tasks": [{"name": "needle", "count": 24, "options": options}],
+            "max_prompt_tokens": 1500,
+        },
+        "batch": {"prompts": 4, "group_size": 2},
+        "rollout": {"max_new_tokens": 5, "temperature": 1.0},
+        "optimizer": {"learning_rate": 1e-2},
+    }
+    return recipe_from(Recipe, over(raw, changes))
+
+
 class NoPicture:
     """In place of the dashboard, whose drawing takes longer than the runs of these tests."""
 
