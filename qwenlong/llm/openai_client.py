@@ -150,20 +150,14 @@ async def _joined(stream: Any) -> dict[str, Any]:
     usage = None
     async for chunk in stream:
         chunk = _as_dict(chunk)
-        if not isinstance(chunk, dict):
-            raise TransientError("malformed reply", f"a stream chunk is {str(chunk)[:100]!r}")
-        usage = chunk.get("usage") or usage
-        for part in chunk.get("choices") or ():
-            whole = choices.setdefault(
-                part.get("index") or 0,
-                {"text": "", "reasoning": "", "finish_reason": None, "logprobs": [], "ids": []},
-            )
-            delta = part.get("delta") or {}
-            whole["text"] += delta.get("content") or part.get("text") or ""
-            whole["reasoning"] += delta.get("reasoning_content") or delta.get("reasoning") or ""
-            whole["finish_reason"] = part.get("finish_reason") or whole["finish_reason"]
-            whole["logprobs"] += _logprobs(part) or ()
-            whole["ids"] += part.get("token_ids") or ()
+        try:
+            usage = chunk.get("usage") or usage
+            for part in chunk.get("choices") or ():
+                _join(choices, part)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field of no use
+            raise TransientError(
+                "malformed reply", f"a stream chunk is {str(chunk)[:100]!r}"
+            ) from error
     joined = [
         {
             "text": whole["text"],
@@ -175,6 +169,19 @@ async def _joined(stream: Any) -> dict[str, Any]:
         for _, whole in sorted(choices.items())
     ]
     return {"choices": joined, "usage": usage}
+
+
+def _join(choices: dict[int, dict[str, Any]], part: Mapping[str, Any]) -> None:
+    whole = choices.setdefault(
+        part.get("index") or 0,
+        {"text": "", "reasoning": "", "finish_reason": None, "logprobs": [], "ids": []},
+    )
+    delta = part.get("delta") or {}
+    whole["text"] += delta.get("content") or part.get("text") or ""
+    whole["reasoning"] += delta.get("reasoning_content") or delta.get("reasoning") or ""
+    whole["finish_reason"] = part.get("finish_reason") or whole["finish_reason"]
+    whole["logprobs"] += _logprobs(part) or ()
+    whole["ids"] += part.get("token_ids") or ()
 
 
 def _completions(reply: Any, n: int) -> list[Completion]:

@@ -15,7 +15,8 @@ class FaultyServer:
 
     Entries: ``"ok"``, ``("status", code, headers)``, ``"half"`` (the body breaks off), ``"stall"``
     (silence until the client hangs up), ``"not json"``, ``"text"`` (plain text), ``"no choices"``,
-    ``"no finish"``, ``"hang up"``, ``("raw", object)``. After the last entry: ``"ok"``.
+    ``"no finish"``, ``"hang up"``, ``("raw", object)``, ``("chunk", object)`` (the first of a
+    stream). After the last entry: ``"ok"``.
     """
 
     def __init__(self, script=()):
@@ -146,6 +147,8 @@ def _handler(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.close_connection = True
             chunks = _chunks(body)
+            if isinstance(action, tuple):
+                chunks = [action[1], *chunks]
             if action in ("half", "half stall"):
                 chunks = chunks[: len(chunks) // 2]
             if action == "no finish":

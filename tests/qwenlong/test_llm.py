@@ -189,7 +189,18 @@ def test_stall_is_noticed(fault, stream):
             assert client.totals.failures["timeout"] >= 2  # more on a machine that is busy
 
 
-@pytest.mark.parametrize("fault", ["no finish", "bad chunk"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "no finish",
+        "bad chunk",
+        ("chunk", {"choices": ["A"]}),
+        ("chunk", {"choices": [{"delta": "A"}]}),
+        ("chunk", {"choices": [{"delta": {"content": 3}}]}),
+        ("chunk", {"choices": [{"logprobs": {"content": [{"token": "A"}]}}]}),
+    ],
+    ids=str,
+)
 def test_broken_stream_is_retried(fault):
     with serve([fault]) as (server, url), connect(url, stream=True) as client:
         assert client.generate(ask("hello there, all of you")).text == "HELLO THERE, ALL OF YOU"
