@@ -46,6 +46,12 @@ def check_last_dim_contiguous(op: str, name: str, x: torch.Tensor) -> None:
         )
 
 
+def as_wanted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Contiguous and in ``dtype``; x itself where it is both, without asking it to become so."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
+
+
 def check_positive(op: str, name: str, value: float) -> None:
     if not value > 0.0 or value == float("inf"):
         raise ValueError(f"{op}: {name} must be positive and finite, got {value}")

@@ -25,10 +25,13 @@ def is_watched(*inputs: object) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return True
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
     for x in inputs:
-        if isinstance(x, torch.Tensor):
-            if type(x) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(x):
+        if type(x) in _PLAIN:
+            if is_batched(x):
                 return True
+        elif isinstance(x, torch.Tensor):
+            return True
     return False
 
 

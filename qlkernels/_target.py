@@ -58,4 +58,5 @@ def why_not_triton(*tensors: torch.Tensor) -> str | None:
 
 def is_capturing() -> bool:
     """True inside a CUDA graph capture, where nothing may synchronise."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # asking whether a device is there would ask the driver, at every call
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

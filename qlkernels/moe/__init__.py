@@ -296,13 +296,13 @@ def moe_mlp(
         if grad_buffers is not None:
             raise ValueError(f"{OP}: impl='reference' has no grad_buffers")
         return moe_mlp_ref(x, topk_ids, topk_weights, w_gate_up, w_down, residual=residual)
-    weights = topk_weights.float().contiguous()
-    needs_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, weights, w_gate_up, w_down)
+    weights = _checks.as_wanted(topk_weights, torch.float32)
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or weights.requires_grad or w_gate_up.requires_grad or w_down.requires_grad
     )
     arguments = (
         x,
-        topk_ids.to(torch.int32).contiguous(),
+        _checks.as_wanted(topk_ids, torch.int32),
         weights,
         w_gate_up,
         w_down,

@@ -21,7 +21,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out ``[T, H]`` and, where asked for, h ``[T * top_k, 2 I]`` in the order of the sort."""
     (T, H), two_i = x.shape, w_gate_up.shape[1]
-    out = torch.empty(T, H, dtype=x.dtype, device=x.device)
+    out = x.new_empty(T, H)
     h = x.new_empty(rows.total, two_i) if save_h else None
     most = max(last - first for first, last in chunks) * rows.top_k
     a, y = x.new_empty(most, two_i // 2), x.new_empty(most, H)
@@ -62,7 +62,7 @@ def backward(
         dw_down = _weight_gradient(dout, a, rows, w_down, buffers[1], gather_left=True)
         del a
     if needs_dx:
-        dx = torch.empty(T, H, dtype=x.dtype, device=x.device)
+        dx = x.new_empty(T, H)
         most = max(last - first for first, last in chunks) * rows.top_k
         expanded = x.new_empty(most, H)
         for chunk in chunks:

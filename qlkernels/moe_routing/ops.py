@@ -14,7 +14,7 @@ _MODULES = {"cuda": native, "triton": kernels, "cpu": native, "torch": eager}
 
 
 def _empty(like: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _routing(router_logits: torch.Tensor, top_k: int):

@@ -46,12 +46,6 @@ def detached(x):
     return x.detach() if isinstance(x, torch.Tensor) else x
 
 
-def as_wanted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Contiguous and in ``dtype``; x itself where it is both, without asking it to become so."""
-    x = x if x.dtype == dtype else x.to(dtype)
-    return x if x.is_contiguous() else x.contiguous()
-
-
 def check_choices(loss_type, kl_estimator, denominator) -> None:
     choices = {
         "loss_type": (loss_type, tuple(RULE_OF)),
@@ -175,13 +169,13 @@ def policy_loss_arguments(
         _checks.check_device(OP, name, x, logprobs, "logprobs")
         if x.dim() != 1:
             x = x.reshape(-1)
-        return as_wanted(x, x.dtype if x.dtype == torch.bool else dtype)
+        return _checks.as_wanted(x, x.dtype if x.dtype == torch.bool else dtype)
 
     bools = (torch.bool,)
     if isinstance(advantages, torch.Tensor) and advantages.shape == (B,):
         _checks.check_dtype(OP, "advantages", advantages, _checks.FLOATS)
         _checks.check_device(OP, "advantages", advantages, logprobs, "logprobs")
-        A = as_wanted(advantages.detach(), dtype)
+        A = _checks.as_wanted(advantages.detach(), dtype)
     else:
         if not isinstance(advantages, torch.Tensor) or advantages.shape != shape:
             got = getattr(advantages, "shape", type(advantages).__name__)
