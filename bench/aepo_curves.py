@@ -95,8 +95,9 @@ def run_arms(
             f"batch.prompts is {base.batch.prompts}, and there are {len(tasks)} tasks; every step "
             "needs a prompt of each."
         )
-    before = _answers(out / f"before-{HELD_OUT}", model, samples, base, console)
+    # First, because it refuses a folder of another recipe, whose answers would be taken for ours.
     calibration = _train(base, out, console, "task", CALIBRATION_SEED)
+    before = _answers(out / f"before-{HELD_OUT}", model, samples, base, console)
     bounds = bounds_of(calibration["entropy"])
     console.print(f"AEPO's bounds: {bounds[0]} and {bounds[1]} nats", highlight=False)
     runs = [{**calibration, "arm": "calibration"}]

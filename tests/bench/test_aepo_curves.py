@@ -127,7 +127,14 @@ def test_a_stopped_command_goes_on_and_finished_runs_stay(finished, tmp_path, mo
     assert run_arms(small(), tmp_path, [1], 3, console=QUIET) == again
     assert trained == ["grpo-1", "grpo-1"]
 
-    # Runs of other settings are not mixed in.
+    # Runs of other settings are not mixed in, nor are answers that belong to none.
+    def refused(recipe, folder, **options):
+        raise InputError("the model cannot be trained")
+
+    monkeypatch.setattr(aepo_curves, "run_stage", refused)
+    with pytest.raises(InputError, match="cannot be trained"):
+        run_arms(small(), tmp_path / "new", [1], 3, console=QUIET)
+    assert not list(tmp_path.glob("new/*.jsonl"))
     other = small(optimizer={"learning_rate": 2e-3})
     with pytest.raises(InputError, match="optimizer.learning_rate"):
         run_arms(other, tmp_path, [1], 3, console=QUIET)
