@@ -305,6 +305,15 @@ def test_fsdp2_resumes_with_the_same_bits(model, tmp_path):
 
 
 @pytest.mark.real
+def test_fsdp2_goes_on_with_another_number_of_ranks(model, one, tmp_path):
+    recipe = recipe_of(model, engine={"kind": "fsdp2"})
+    run_ranks(recipe.model_copy(update={"steps": 2}), tmp_path, 2)
+    found = run_ranks(recipe, tmp_path, 1, resume=True)
+    assert list(found["rows"]) == [3]
+    assert_equal_runs({**one, "weights": found["weights"], "rollout": found["rollout"]}, one)
+
+
+@pytest.mark.real
 @needs_deepspeed
 def test_deepspeed_on_another_number_of_ranks_is_refused(model, tmp_path):
     recipe = recipe_of(model, engine={"kind": "deepspeed", "zero_stage": 2})
