@@ -239,7 +239,7 @@ class _Row:
     def _found_stop(self) -> bool:
         if not self.sampling.stop:
             return False
-        longest = max(map(len, self.sampling.stop))
+        longest = max(len(stop.encode()) for stop in self.sampling.stop)  # a token a byte
         tail = self._decode(self.ids[-(longest + _STOP_TAIL) :])
         if not any(stop in tail for stop in self.sampling.stop):
             return False

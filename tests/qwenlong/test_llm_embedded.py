@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 from qwenlong.llm import EmbeddedClient, Request, RequestRefused  # noqa: E402
+from qwenlong.llm.embedded import _Row  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(60)]
 CONTEXT = 64
@@ -101,6 +102,21 @@ def test_stop_string_cuts_the_text(client):
     whole = client.generate(Request.completion("w1 w2 w3", max_tokens=8)).text.split()
     cut = client.generate(Request.completion("w1 w2 w3", max_tokens=8, stop=(whole[3],)))
     assert cut.text.split() == whole[: whole.index(whole[3])] and cut.finish_reason == "stop"
+
+
+def test_a_stop_string_of_which_every_byte_is_a_token_is_found():
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode(errors="replace")
+
+    stop = "最终答案如下所示请查看谢谢你们好"
+    request = Request.completion("x", max_tokens=1000, stop=(stop,))
+    row = _Row(request, 0, 1000, Bytes(), set())
+    logits = torch.eye(256)
+    for token in f"so: {stop}".encode():
+        assert not row.finish_reason
+        row.step(logits[token])
+    assert row.finish_reason == "stop" and row.completion(1).text == "so: "
 
 
 def test_chat_template_length_limit_and_too_long_prompt(client):
