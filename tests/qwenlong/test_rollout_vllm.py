@@ -13,6 +13,7 @@ from torch import nn
 
 from qwenlong.errors import InputError
 from qwenlong.llm import RequestRefused, RetryPolicy, ServerUnavailable
+from qwenlong.rollout import vllm
 from qwenlong.rollout.vllm import VllmRollouts, _claim, _seed
 from tests.qwenlong.vllm_server import FakeVllm, answer_ids, serving
 
@@ -319,6 +320,18 @@ def test_a_server_that_takes_no_weights(server, rollouts, tmp_path):
     with pytest.raises(InputError, match="pass weights_folder"):
         plain.sync_weights(Policy(0.25), 1)
     plain.close()
+
+
+def test_other_ranks_hear_of_an_error_without_words(rollouts, monkeypatch):
+    told = []
+    monkeypatch.setattr(vllm.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(vllm.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(vllm.dist, "broadcast_object_list", lambda shared, src: told.extend(shared))
+    policy = Policy(0.25)
+    monkeypatch.setattr(policy, "state_dict", lambda: next(iter(())))
+    with pytest.raises(StopIteration):
+        rollouts.sync_weights(policy, 1)
+    assert told == [("StopIteration()", None)]
 
 
 def test_lora_is_refused(rollouts):
