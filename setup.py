@@ -135,14 +135,16 @@ def compile_object(folder: Path, source: str, variant: str, command: list[str]) 
     command = [*command, "-c", str(ROOT / source), "-o", str(target)]
     newest = max((ROOT / file).stat().st_mtime for file in [source, *HEADERS])
     is_current = target.exists() and target.stat().st_mtime > newest
-    if is_current and stamp.exists() and stamp.read_text() == shlex.join(command):
+    # nvcc takes options from the environment too
+    made_by = shlex.join([*command, os.environ.get("NVCC_APPEND_FLAGS", "")])
+    if is_current and stamp.exists() and stamp.read_text() == made_by:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     messages = run(command)
     if "C7508" in messages:  # ptxas ignored setmaxnreg: the kernel would run, but not as designed
         raise SystemExit(f"qlkernels: ptxas warning C7508 in {source}:\n{messages}")
-    stamp.write_text(shlex.join(command))
+    stamp.write_text(made_by)
     return target
 
 

@@ -38,6 +38,8 @@ tests() {
 }
 
 sanitize() {
+    # racecheck does not follow a barrier at which one lane arrives for its warp: a build of its own
+    NVCC_APPEND_FLAGS=-DQL_EVERY_LANE_ARRIVES run sanitizer-build "$python" setup.py build_ext --inplace
     # one process, the allocator of torch off, so that the sanitizer sees every allocation
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     local tool
@@ -49,9 +51,10 @@ sanitize() {
             -k "not 1000003 and not 262147 and not 151936 and not inside_a_graph"
         run "$tool-routing" compute-sanitizer --tool "$tool" --error-exitcode 99 \
             "$python" -m pytest -m gpu tests/qlkernels/test_moe_routing_gpu.py -q -x \
-            -k "cuda and not 2_31 and not 131072 and not 270000 and not chunks and not opcheck and not limits"
+            -k "cuda and not 2_31 and not 131072 and not 270000 and not chunks and not opcheck and not limits and not graph"
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
+    build
 }
 
 bench() {

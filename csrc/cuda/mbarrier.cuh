@@ -22,6 +22,19 @@ __device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// One arrival for what all lanes of a warp have read and written. racecheck does not follow the other lanes through
+// __syncwarp: built with QL_EVERY_LANE_ARRIVES for it, each arrives itself.
+#ifdef QL_EVERY_LANE_ARRIVES
+constexpr int kArrivalsOfWarp = 32;
+#else
+constexpr int kArrivalsOfWarp = 1;
+#endif
+
+__device__ __forceinline__ void barrier_arrive_warp(std::uint64_t* barrier, int lane) {
+  __syncwarp();
+  if (lane < kArrivalsOfWarp) barrier_arrive(barrier);
+}
+
 // Arrives and announces the bytes that a bulk copy will bring.
 __device__ __forceinline__ void barrier_expect(std::uint64_t* barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

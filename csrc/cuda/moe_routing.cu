@@ -2,7 +2,8 @@
 //
 // Nothing is added in an order that could change: integers are counted in shared memory, probabilities by one warp
 // after the other; a block's sums become a row of a table, whose columns a second kernel adds up. Nothing synchronises,
-// so all of it can be captured in a CUDA graph.
+// so all of it can be captured in a CUDA graph. On sm_90 a kernel may start while the one before still runs, and waits
+// for its end before it reads what that wrote.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -17,6 +18,39 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarp = 32;
+
+// For a kernel launched by launch_early: before its first access to global memory.
+__device__ __forceinline__ void await_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start where it was launched by launch_early.
+__device__ __forceinline__ void allow_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+template <class... Params, class... Args>
+cudaError_t launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t on,
+                         Args... args) {
+  int device = 0, major = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = on;
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -159,6 +193,7 @@ __global__ void __launch_bounds__(kRouteThreads, 4) moe_route_fwd_kernel(const q
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int E = args.E, top_k = args.top_k;
   const bool is_mine = lane < top_k;
+  allow_next_kernel();
   for (int e = threadIdx.x; e < kWidth; e += kRouteThreads) block_counts[e] = 0;
   __syncthreads();
 
@@ -212,6 +247,8 @@ __global__ void __launch_bounds__(kWarp * kWarp) moe_totals_kernel(const ql::Moe
   const int e = blockIdx.x * kWarp + threadIdx.x, E = args.E;
   float prob = 0.0f;
   int count = 0;
+  allow_next_kernel();
+  await_kernel_before();
   for (int part = threadIdx.y; e < E && part < args.parts; part += kWarp) {
     prob += args.part_probs[part * E + e];  // parts * E < 2^31: at most 1024 * 512
     count += args.part_counts[part * E + e];
@@ -324,6 +361,8 @@ __global__ void __launch_bounds__(kSortThreads, 2) count_experts_kernel(const ql
   const int bins = args.E + 1;
   for (int e = threadIdx.x; e < bins; e += kSortThreads) counts[e] = 0;
   __syncthreads();
+  allow_next_kernel();
+  await_kernel_before();
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kRows<kItemsAPart>;
 #pragma unroll
   for (int i = 0; i < kItemsAPart; ++i) {
@@ -345,6 +384,8 @@ __global__ void __launch_bounds__(kWarp * kWarp) scan_counts_kernel(const ql::Ex
   const int bins = args.E + 1, e = blockIdx.x * kWarp + threadIdx.x;
   const std::int64_t run = (parts + kWarp - 1) / kWarp;
   const std::int64_t first = threadIdx.y * run, last = e < bins ? min(parts, first + run) : 0;
+  allow_next_kernel();
+  await_kernel_before();
   int sum = 0;
   for (std::int64_t part = first; part < last; ++part) sum += args.counts[part * bins + e];
   sums[threadIdx.y][threadIdx.x] = sum;
@@ -369,6 +410,7 @@ __global__ void __launch_bounds__(kSortThreads, 2) sort_rows_kernel(const ql::Ex
   int* mine = shared + bins * (1 + warp);    // [bins]: this warp's counts, then the next place of each bin
   for (int e = threadIdx.x; e < bins * (1 + kSortWarps); e += kSortThreads) shared[e] = 0;
   __syncthreads();
+  await_kernel_before();
 
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kRows<kItems> + warp * kWarp * kItems + lane;
   int bin[kItems];
@@ -459,8 +501,7 @@ int moe_route_fwd(const MoeRouteForward& args, std::uintptr_t stream) {
   if (args.parts > 0) {
     if (const int error = dispatch(args, launch)) return error;
   }
-  moe_totals_kernel<<<columns_of(args.E), dim3(kWarp, kWarp), 0, on>>>(args);
-  return cudaGetLastError();
+  return launch_early(moe_totals_kernel, columns_of(args.E), dim3(kWarp, kWarp), 0, on, args);
 }
 
 int moe_route_bwd(const MoeRouteBackward& args, std::uintptr_t stream) {
@@ -490,14 +531,14 @@ int build_expert_index(const ExpertIndex& args, std::uintptr_t stream) {
     return cudaMemsetAsync(args.offsets, 0, bins * sizeof(int), on);
   }
   if (parts == 1) {
-    sort_rows_kernel<kItemsAlone><<<1, kSortThreads, bytes, on>>>(args, 1);
-  } else {
-    const auto grid = static_cast<unsigned>(parts);
-    count_experts_kernel<<<grid, kSortThreads, 0, on>>>(args);
-    scan_counts_kernel<<<columns_of(bins), dim3(kWarp, kWarp), 0, on>>>(args, parts);
-    sort_rows_kernel<kItemsAPart><<<grid, kSortThreads, bytes, on>>>(args, parts);
+    return launch_early(sort_rows_kernel<kItemsAlone>, 1, kSortThreads, bytes, on, args, 1);
   }
-  return cudaGetLastError();
+  const auto grid = static_cast<unsigned>(parts);
+  if (const int error = launch_early(count_experts_kernel, grid, kSortThreads, 0, on, args)) return error;
+  if (const int error = launch_early(scan_counts_kernel, columns_of(bins), dim3(kWarp, kWarp), 0, on, args, parts)) {
+    return error;
+  }
+  return launch_early(sort_rows_kernel<kItemsAPart>, grid, kSortThreads, bytes, on, args, parts);
 }
 
 }  // namespace ql::cuda

@@ -27,19 +27,24 @@ __global__ void __launch_bounds__(kRingThreads, 1) row_ring_kernel(const ql::Log
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < kSlots; ++slot) {
       barrier_init(&shared.full[slot], 1);
-      barrier_init(&shared.empty[slot], kMode == Mode::kBoth ? kWriterWarps : kReaderWarps);
+      barrier_init(&shared.empty[slot], kArrivalsOfWarp * (kMode == Mode::kBoth ? kWriterWarps : kReaderWarps));
     }
     for (int parity = 0; parity < 2; ++parity) {
-      barrier_init(&shared.done[parity], kMode == Mode::kBoth ? ranks * kSummerWarps : kReaderWarps);
-      barrier_init(&shared.taken[parity], kMode == Mode::kBoth ? ranks : 1);
-      barrier_init(&shared.ready[parity], 1);
-      barrier_init(&shared.used[parity], kWriterWarps);
+      // in the mode that does both, every lane that sends to a rank arrives there itself
+      barrier_init(&shared.done[parity], kMode == Mode::kBoth ? ranks * kSummerWarps : kArrivalsOfWarp * kReaderWarps);
+      barrier_init(&shared.taken[parity], kMode == Mode::kBoth ? ranks : kArrivalsOfWarp);
+      barrier_init(&shared.ready[parity], kArrivalsOfWarp);
+      barrier_init(&shared.used[parity], kArrivalsOfWarp * kWriterWarps);
     }
     barrier_init_fence();
   }
   __syncthreads();
   if constexpr (kMode == Mode::kBoth) cluster_sync();
-  const std::int64_t first_row = blockIdx.x / ranks, row_step = gridDim.x / ranks;
+  std::int64_t first_row = blockIdx.x / ranks, row_step = gridDim.x / ranks;
+  if constexpr (kMode == Mode::kBackward) {
+    first_row = args.T - 1 - first_row;
+    row_step = -row_step;
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == kCopyWarp) {
     if (lane == 0) copy_rows<E, kMode>(args, shared, rank, ranks, first_row, row_step);

@@ -205,7 +205,7 @@ __device__ __forceinline__ void copy_rows(const ql::LogprobEntropyGrad& args, Sh
                                           std::int64_t first_row, std::int64_t row_step) {
   Place place;
   const Share share = share_of<E>(static_cast<int>(args.V), rank, ranks);
-  for (std::int64_t t = first_row; t < args.T; t += row_step) {
+  for (std::int64_t t = first_row; 0 <= t && t < args.T; t += row_step) {
     if (!row_of<E, kMode>(args, t).is_read) continue;
     const auto* row = static_cast<const typename E::Storage*>(args.logits) + t * args.stride_t;
     const uint4* vectors = reinterpret_cast<const uint4*>(row);
@@ -318,10 +318,7 @@ struct Rows {
   __device__ __forceinline__ int first_of(int chunk) const { return (share.first + chunk * kVectors) * E::kVector; }
 
   __device__ __forceinline__ void wait(const Place& at) { barrier_wait(&shared.full[at.slot], at.parity); }
-  __device__ __forceinline__ void release(const Place& at) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.empty[at.slot]);
-  }
+  __device__ __forceinline__ void release(const Place& at) { barrier_arrive_warp(&shared.empty[at.slot], lane); }
 
   __device__ __forceinline__ void release_row() {
     for (int c = 0; c < chunks; ++c, place.advance()) {

@@ -30,13 +30,13 @@ __device__ __forceinline__ void finish_rows(const ql::LogprobEntropyGrad& args, 
       args.logprobs[t] = scores.logprob;
       args.entropy[t] = scores.entropy;
       args.lse[t] = scores.lse;
-      barrier_arrive(&shared.taken[parity]);
     }
-    __syncwarp();
+    barrier_arrive_warp(&shared.taken[parity], lane);
   }
 }
 
-// Backward: plans a row two rows ahead of the readers, and writes the target's entry when they are done with it.
+// Backward: plans a row two rows ahead of the readers, and writes the target's entry when they are done with it. Rows
+// come from the last to the first: L2 still holds what the forward read last.
 template <class E, bool kCap>
 __device__ __forceinline__ void plan_backward(const ql::LogprobEntropyGrad& args, Shared& shared, int lane,
                                               std::int64_t first_row, std::int64_t row_step) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ void plan_backward(const ql::LogprobEntropyGrad& args
   };
   int n = 0;
   std::int64_t t = first_row;
-  for (; t < args.T; t += row_step, ++n) {
+  for (; t >= 0; t += row_step, ++n) {
     Plan plan{};
     const Row row = row_of<E, Mode::kBackward>(args, t);
     plan.is_read = row.is_read;
@@ -71,11 +71,8 @@ __device__ __forceinline__ void plan_backward(const ql::LogprobEntropyGrad& args
     }
     if (n >= 2) finish_row(t - 2 * row_step, n - 2);
     __syncwarp();
-    if (lane == 0) {
-      shared.plan[n & 1] = plan;
-      barrier_arrive(&shared.ready[n & 1]);
-    }
-    __syncwarp();
+    if (lane == 0) shared.plan[n & 1] = plan;
+    barrier_arrive_warp(&shared.ready[n & 1], lane);
   }
   if (n >= 2) finish_row(t - 2 * row_step, n - 2);
   if (n >= 1) finish_row(t - row_step, n - 1);
@@ -118,14 +115,12 @@ __device__ __forceinline__ void plan_both(const ql::LogprobEntropyGrad& args, Sh
       }
     }
     barrier_wait(&shared.used[n & 1], (n >> 1 & 1) ^ 1);
-    if (lane == 0) {
-      shared.plan[n & 1] = plan;
-      barrier_arrive(&shared.ready[n & 1]);
-      if (rank == 0) {
-        args.logprobs[t] = logprob;
-        args.entropy[t] = entropy;
-        args.lse[t] = lse;
-      }
+    if (lane == 0) shared.plan[n & 1] = plan;
+    barrier_arrive_warp(&shared.ready[n & 1], lane);
+    if (lane == 0 && rank == 0) {
+      args.logprobs[t] = logprob;
+      args.entropy[t] = entropy;
+      args.lse[t] = lse;
     }
     __syncwarp();
   }
@@ -155,9 +150,8 @@ __device__ __forceinline__ void read_forward(const ql::LogprobEntropyGrad& args,
       shared.s[parity][rows.warp] = part.s;
       shared.q[parity][rows.warp] = part.q;
       if (holds_target) shared.target[parity] = v_target;
-      barrier_arrive(&shared.done[parity]);
     }
-    __syncwarp();
+    barrier_arrive_warp(&shared.done[parity], rows.lane);
   }
 }
 
@@ -167,7 +161,7 @@ __device__ __forceinline__ void read_backward(const ql::LogprobEntropyGrad& args
                                               std::int64_t first_row, std::int64_t row_step) {
   Rows<E, kReaders> rows(args, shared, 0, 1, threadIdx.x);
   int n = 0;
-  for (std::int64_t t = first_row; t < args.T; t += row_step, ++n) {
+  for (std::int64_t t = first_row; t >= 0; t += row_step, ++n) {
     const int parity = n & 1;
     barrier_wait(&shared.ready[parity], n >> 1 & 1);
     const Plan plan = shared.plan[parity];
@@ -180,13 +174,11 @@ __device__ __forceinline__ void read_backward(const ql::LogprobEntropyGrad& args
     } else if (!plan.is_left_out) {
       write_zeros<E, kReaders>(rows.out(t), rows.share, rows.V, rows.reader);
     }
-    __syncwarp();
     if (rows.lane == 0) {
       shared.s[parity][rows.warp] = sum;
       if (holds_target) shared.target[parity] = v_target;
-      barrier_arrive(&shared.done[parity]);
     }
-    __syncwarp();
+    barrier_arrive_warp(&shared.done[parity], rows.lane);
   }
 }
 
@@ -231,8 +223,7 @@ __device__ __forceinline__ void write_rows(const ql::LogprobEntropyGrad& args, S
     const int parity = n & 1;
     barrier_wait(&shared.ready[parity], n >> 1 & 1);
     const Plan plan = shared.plan[parity];
-    __syncwarp();
-    if (rows.lane == 0) barrier_arrive(&shared.used[parity]);
+    barrier_arrive_warp(&shared.used[parity], rows.lane);
     if (!plan.is_live) {
       if (plan.is_read) rows.release_row();
       write_zeros<E, kWriters>(rows.out(t), rows.share, rows.V, rows.reader);
