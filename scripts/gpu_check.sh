@@ -2,7 +2,7 @@
 # Usage: scripts/gpu_check.sh [OUT [PART...]]
 # On a machine with an NVIDIA GPU, a CUDA toolkit, torch and Triton. Parts, all of them by default:
 #   build      the extension with its CUDA C++
-#   tests      the GPU tests, several at a time where pytest-xdist is installed
+#   tests      the GPU tests, several at a time where pytest-xdist is installed, the large ones alone
 #   sanitize   the CUDA C++ kernels under compute-sanitizer
 #   bench      every op beside its peers; OPS names some, SECONDS_A_SHAPE bounds a shape (20)
 #   models     scoring of a whole model, the update of a group, TRL's update
@@ -34,7 +34,8 @@ build() { run build "$python" setup.py build_ext --inplace; }
 tests() {
     local workers=()
     "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)
-    run tests "$python" -m pytest -m gpu tests -q --durations=15 "${workers[@]}"
+    run tests "$python" -m pytest -m "gpu and not large" tests -v --durations=15 "${workers[@]}"
+    run tests-large "$python" -m pytest -m "gpu and large" tests -v
 }
 
 sanitize() {

@@ -88,6 +88,16 @@ __device__ __forceinline__ void barrier_arrive_in(std::uint64_t* barrier, std::u
                : "memory");
 }
 
+// barrier_arrive_warp at every block of the cluster.
+__device__ __forceinline__ void barrier_arrive_warp_in_all(std::uint64_t* barrier, int lane, int ranks) {
+  __syncwarp();
+#ifdef QL_EVERY_LANE_ARRIVES
+  for (int rank = 0; rank < ranks; ++rank) barrier_arrive_in(barrier, rank);
+#else
+  if (lane < ranks) barrier_arrive_in(barrier, lane);
+#endif
+}
+
 __device__ __forceinline__ std::uint32_t cluster_rank() {
   std::uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

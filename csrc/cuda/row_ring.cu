@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) row_ring_kernel(const ql::Log
     for (int parity = 0; parity < 2; ++parity) {
       // in the mode that does both, every lane that sends to a rank arrives there itself
       barrier_init(&shared.done[parity], kMode == Mode::kBoth ? ranks * kSummerWarps : kArrivalsOfWarp * kReaderWarps);
-      barrier_init(&shared.taken[parity], kMode == Mode::kBoth ? ranks : kArrivalsOfWarp);
+      barrier_init(&shared.taken[parity], kArrivalsOfWarp * (kMode == Mode::kBoth ? ranks : 1));
       barrier_init(&shared.ready[parity], kArrivalsOfWarp);
       barrier_init(&shared.used[parity], kArrivalsOfWarp * kWriterWarps);
     }

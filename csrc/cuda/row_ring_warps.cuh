@@ -98,8 +98,7 @@ __device__ __forceinline__ void plan_both(const ql::LogprobEntropyGrad& args, Sh
       ++count;
       const Part<float> others = merge_parts(shared, parity, ranks * kSummerWarps, lane, plan.scale.alpha);
       float v = has_target ? shared.target[parity] : nan_value(), slope = 1.0f;
-      __syncwarp();
-      if (lane < ranks) barrier_arrive_in(&shared.taken[parity], lane);  // what rank r's warps sent is read
+      barrier_arrive_warp_in_all(&shared.taken[parity], lane, ranks);  // what their warps sent is read
       if (lane == 0) {
         if constexpr (kCap) tanh_and_slope(v * plan.scale.gain, v, slope);
         const Part<float> all = has_target ? with_target(others, v, plan.scale.alpha) : others;

@@ -443,6 +443,7 @@ def test_rows_beyond_2_31_elements():
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_more_than_2_31_logits_on_cuda():
     T, V = 14_200, 151_936
     assert T * V > 2**31

@@ -390,6 +390,7 @@ def test_gpu_chunks_give_the_same_bits():
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_gpu_more_logits_than_two_to_the_31():
     T, H, V = 14_336, 256, 151_936  # T * V = 2.18e9
     inputs, upstream = make(T, H, V, torch.bfloat16, device="cuda")

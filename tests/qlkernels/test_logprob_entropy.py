@@ -345,6 +345,7 @@ def test_gpu_options_masks_and_bits(impl):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("impl", GPU_IMPLS)
 def test_gpu_offsets_past_two_to_the_31(impl):
     T, V = 14_336, 151_936  # T * V = 2.18e9

@@ -463,6 +463,7 @@ def test_gpu_bits(ids, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("T", [131_072, 270_000])
 def test_gpu_offsets_past_two_to_the_31(T):
     """Routed rows times H pass 2**31 at T = 131,072; some tokens must equal the same tokens alone.
@@ -518,6 +519,7 @@ def test_gpu_graph_replay(T):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_gpu_memory():
     """At T = 32,768: 3.0 GB beside inputs, weights, out and dx; the weights' gradients count."""
     inputs, upstream = make(32_768, *QWEN3, torch.bfloat16, device="cuda")

@@ -102,6 +102,7 @@ def test_gpu_backward_reads_no_row_without_upstream(impl):
     assert (logits.grad[1::2] == 0).all() and (logits.grad[::2] != 0).any(1).all()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("impl", KERNELS)
 def test_gpu_rows_beyond_2_31_elements(impl):
     stride, E = 2**30 + 24, 128

@@ -596,6 +596,7 @@ def test_gpu_runs_without_a_sync_and_inside_a_graph():
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_gpu_past_2_to_the_31_rows():
     T = 2**31 + 1500
     logprobs = torch.zeros(T, device="cuda")

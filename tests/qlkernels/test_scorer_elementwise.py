@@ -131,6 +131,7 @@ def test_bf16_kernels_on_a_gpu(H):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_offsets_past_2_31():
     """T * H = 2.2e9: the last rows are those of the same rows alone."""
     T, H = 1_050_000, 2048
