@@ -88,7 +88,14 @@ def variants() -> list[Variant]:
             "ours-scores+apply", *ours, cases=("update",),
             prepare=lambda model: hf.apply(model, lm_head=False),
         ),
+        Variant(
+            "ours-one_pass", *ours, cases=("loss", "update"), options={"one_pass_loss": True}
+        ),
         Variant("ours-shared_prefix", *ours, cases=("prefix",), options={"shared_prefix": True}),
+        Variant(
+            "ours-shared_prefix+one_pass", *ours, cases=("prefix",),
+            options={"shared_prefix": True, "one_pass_loss": True},
+        ),
     ]  # fmt: skip
     liger = machine.package_version("liger-kernel")
     if liger and torch.cuda.is_available():
@@ -166,23 +173,27 @@ def logprobs_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> torch.Tensor:
     return found
 
 
-def update_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Callable[[], None]:
+def update_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """A call is one update, and returns the norm of the gradient."""
     model = trainer.model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, fused=next(model.parameters()).is_cuda
     )
 
-    def call() -> None:
+    def call() -> torch.Tensor:
         trainer.compute_loss(model, inputs).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return norm
 
     return call
 
 
-def loss_part_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Callable[[], None]:
-    """TRL's loss on hidden states that are there: the decoder is not run."""
+def loss_part_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """TRL's loss on hidden states that are there: the decoder is not run. A call returns their
+    gradient.
+    """
     model = trainer.model
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     with torch.no_grad():
@@ -190,10 +201,11 @@ def loss_part_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Callable[[], N
     hidden.requires_grad_()
     model.model.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
 
-    def call() -> None:
+    def call() -> torch.Tensor:
         trainer.compute_loss(model, inputs).backward()
-        hidden.grad = None
+        gradient, hidden.grad = hidden.grad, None
         model.zero_grad(set_to_none=True)
+        return gradient
 
     return call
 
@@ -202,11 +214,17 @@ def loss_part_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Callable[[], N
 
 
 def measure(
-    call: Callable[[], None], repeats: int, device: str
+    call: Callable[[], torch.Tensor],
+    repeats: int,
+    device: str,
+    check: Callable[[torch.Tensor], None],
 ) -> tuple[list[float], float | None]:
-    """Milliseconds of each call after a warm-up, and the peak in MB above what was held before."""
+    """Milliseconds of each call after a warm-up, and the peak in MB above what was held before.
+    ``check`` gets what the first call returns.
+    """
     on_gpu = device == "cuda"
-    for _ in range(WARM_UP):
+    check(call())
+    for _ in range(WARM_UP - 1):
         call()
     before = 0
     if on_gpu:
@@ -222,6 +240,11 @@ def measure(
         found.append(1e3 * (time.perf_counter() - start))
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6 if on_gpu else None
     return found, peak
+
+
+def distance(found: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference, in norms of ``want``."""
+    return float((found.float() - want.float()).norm() / want.float().norm())
 
 
 def useful_flops(sizes: dict[str, Any], shape: tuple[int, int, int], case: str) -> int:
@@ -251,7 +274,7 @@ def run(
     """Measure every variant of every case and append the rows to ``out``.
 
     Raises:
-        WrongResult: log-probabilities differ from those of TRL.
+        WrongResult: log-probabilities or gradients differ from those of TRL.
     """
     console = console or Console()
     sizes, whole, prefix = MODELS[model]
@@ -259,6 +282,7 @@ def run(
     dtype, allowed = ("bf16", 2e-2) if device == "cuda" else ("fp32", 1e-4)
     rows: list[Row] = []
     expected: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
     for variant in variants():
         for case in (c for c in variant.cases if c in cases):
             shape = prefix if case == "prefix" else whole
@@ -269,8 +293,15 @@ def run(
                 error = float((found.cpu() - want).abs().max() / want.abs().max())
                 if not error <= allowed:
                     raise WrongResult(f"{case}, {variant.name}: relative error {error:.1e}")
+
+                def check(gradient, case=case, name=variant.name):
+                    gradient = gradient.cpu()
+                    off = distance(gradient, gradients.setdefault(case, gradient))
+                    if not off <= allowed:
+                        raise WrongResult(f"{case}, {name}: gradients differ by {off:.1e}")
+
                 make = loss_part_of if case == "loss" else update_of
-                samples, peak = measure(make(trainer, inputs), repeats, device)
+                samples, peak = measure(make(trainer, inputs), repeats, device, check)
             del trainer, inputs, found
             gc.collect()
             if device == "cuda":
@@ -311,7 +342,9 @@ def main(
         str | None, typer.Option(help="Commit to record where this is not a git checkout.")
     ] = None,
 ) -> None:
-    """Compare log-probabilities, then time TRL, TRL with our ops, and TRL with Liger's layers."""
+    """Compare log-probabilities and gradients, and time TRL, TRL with our ops, and TRL with Liger's
+    layers.
+    """
     unknown = [x for x in case or () if x not in CASES] + ([model] if model not in MODELS else [])
     device = machine.device_or_exit(device, unknown)
     try:

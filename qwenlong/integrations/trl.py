@@ -43,6 +43,12 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
 from trl.trainer.utils import split_tensor_dict  # noqa: E402
 
+from qwenlong.integrations.trl_one_pass import (  # noqa: E402
+    OnePassLoss,
+    check_one_pass,
+    one_pass_loss,
+)
+
 __all__ = [
     "AEPOGRPOConfig",
     "AEPOGRPOTrainer",
@@ -101,6 +107,13 @@ class AEPOGRPOConfig(GRPOConfig):
     shared_prefix: bool = field(
         default=False, metadata={"help": "Forward the prompt of a group once."}
     )
+    one_pass_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the gradients of the policy loss with its scores, from one pass over "
+            "the logits."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +133,8 @@ class AEPOGRPOConfig(GRPOConfig):
             raise ValueError("AEPOGRPOConfig: give both aepo_low and aepo_high, or neither")
         if self.task_weights is not None and not self.balance_tasks:
             raise ValueError("AEPOGRPOConfig: task_weights belongs to balance_tasks=True")
+        if self.one_pass_loss:
+            check_one_pass(self)
         self.controller()  # checks the other choices
         EntropyMeter(self.aepo_entropy)
 
@@ -161,6 +176,7 @@ class AEPOGRPOTrainer(GRPOTrainer):
         self._meter = EntropyMeter(args.aepo_entropy)
         self._scored: tuple[torch.Tensor, list] | None = None  # rewards of all ranks, their tasks
         self._entropies: torch.Tensor | None = None  # (B, R) of the last micro-batch
+        self._one_pass: OnePassLoss | None = None  # while the loss of a micro-batch is computed
         super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
         if args.shared_prefix:
             hf_attention._supported_model(self.model)  # refuses families it cannot pack
@@ -291,12 +307,14 @@ class AEPOGRPOTrainer(GRPOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
         compute_entropy=False, compute_aux_loss=False, **image_inputs,
     ):  # fmt: skip
+        one_pass = self._one_pass
         with patch_trl() if self.args.fused_scores else nullcontext():
             if not self.args.shared_prefix:
-                found = super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
-                    compute_aux_loss, **image_inputs,
-                )  # fmt: skip
+                with nullcontext() if one_pass is None else one_pass.as_head():
+                    found = super()._get_per_token_logps_and_entropies(
+                        model, input_ids, attention_mask, logits_to_keep, batch_size,
+                        compute_entropy, compute_aux_loss, **image_inputs,
+                    )  # fmt: skip
             else:
                 if any(value is not None for value in image_inputs.values()):
                     raise ValueError("shared_prefix=True: inputs with images are not supported")
@@ -304,6 +322,8 @@ class AEPOGRPOTrainer(GRPOTrainer):
                     model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
                     compute_aux_loss,
                 )  # fmt: skip
+        if one_pass is not None:
+            found = *one_pass.constants(*found[:2]), found[2]
         if compute_entropy:
             self._entropies = found[1].detach()
         return found
@@ -320,6 +340,7 @@ class AEPOGRPOTrainer(GRPOTrainer):
                 autocast=self.accelerator.autocast,
                 compute_entropy=compute_entropy,
                 compute_aux_loss=compute_aux,
+                head=None if self._one_pass is None else self._one_pass.as_head,
             )  # fmt: skip
             for ids, mask in zip(
                 input_ids.split(batch_size or len(input_ids)),
@@ -334,7 +355,11 @@ class AEPOGRPOTrainer(GRPOTrainer):
         )
 
     def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
+        loss = (
+            self._loss_in_one_pass(model, inputs)
+            if self.args.one_pass_loss
+            else (super()._compute_loss(model, inputs))
+        )
         if self._controller is not None and self.model.training:
             self._meter.add(self._entropies, _loss_mask(inputs))
             steps = self.args.steps_per_generation * self.num_iterations
@@ -344,6 +369,14 @@ class AEPOGRPOTrainer(GRPOTrainer):
                 if math.isfinite(entropy):  # NaN where every completion was masked
                     self._controller.end_step(entropy)
         return loss
+
+    def _loss_in_one_pass(self, model, inputs):
+        """TRL's value and metrics, of scores whose gradients are computed with them."""
+        self._one_pass = one_pass_loss(self, inputs)
+        try:
+            return self._one_pass.with_gradient(super()._compute_loss(model, inputs))
+        finally:
+            self._one_pass = None
 
     # --- checkpoints ---------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from qwenlong.integrations.patches import Patch, Replacements
 from qwenlong.integrations.versions import require_version
 
 WORKS_WITH = ((1, 16), (1, 17))  # from, and below
-# the function from hidden states; its statistics that are ours
-_HEAD, _LOGITS, _IS_FOR_LOGITS = (
+# the function from hidden states, whose statistics that are ours are _OURS; the two from logits
+HEAD, _LOGITS, _IS_FOR_LOGITS = (
     "_ChunkedLogProbFunction",
     "_fused_logprob_entropy",
     "_supports_trl_loss_kernel",
@@ -56,7 +56,7 @@ def patch_trl() -> Patch:
         ImportError: TRL is missing, or is a version other than those that work.
     """
     utils = require_trl()
-    ours = {_HEAD: _Head, _LOGITS: _from_logits, _IS_FOR_LOGITS: _is_for_logits}
+    ours = {HEAD: _Head, _LOGITS: _from_logits, _IS_FOR_LOGITS: _is_for_logits}
     return _replacements.patch(
         (utils, name, value)
         for name, value in ours.items()
@@ -83,7 +83,7 @@ class _Head:
         outputs: tuple[str, ...] = (),
     ) -> tuple[torch.Tensor | None, ...]:
         if set(outputs) - _OURS:
-            return _replacements.originals[_HEAD].apply(
+            return _replacements.originals[HEAD].apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                 logit_scale, outputs,
             )  # fmt: skip

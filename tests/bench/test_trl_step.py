@@ -15,7 +15,10 @@ def test_every_variant_gives_rows_and_the_same_logprobs(tmp_path):
         ("loss", "ours-scores"),
         ("update", "ours-scores"),
         ("update", "ours-scores+apply"),
+        ("loss", "ours-one_pass"),
+        ("update", "ours-one_pass"),
         ("prefix", "ours-shared_prefix"),
+        ("prefix", "ours-shared_prefix+one_pass"),
     ]
     assert {row.case for row in rows if not row.is_ours} == set(trl_step.CASES)
     assert all(row.rel_err < 1e-5 and row.ms_p50 > 0 for row in rows)
@@ -38,6 +41,21 @@ def test_a_wrong_variant_is_not_timed(tmp_path, monkeypatch):
     out = tmp_path / "rows.csv"
     with pytest.raises(WrongResult, match="ours-scores: relative error 1.0e-02"):
         trl_step.run("tiny", device="cpu", out=out, cases=("loss",), repeats=1, commit="abc")
+    assert [row.impl.startswith("trl-") for row in results.read_rows(out)] == [True]
+
+
+@pytest.mark.parametrize("case", ["loss", "update"])
+def test_wrong_gradients_are_not_timed(case, tmp_path, monkeypatch):
+    ours = trl_step.AEPOGRPOTrainer
+
+    class Wrong(ours):
+        def _compute_loss(self, *args, **kwargs):
+            return 1.01 * super()._compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trl_step, "AEPOGRPOTrainer", Wrong)
+    out = tmp_path / "rows.csv"
+    with pytest.raises(WrongResult, match=f"{case}, ours-scores: gradients differ by 1.0e-02"):
+        trl_step.run("tiny", device="cpu", out=out, cases=(case,), repeats=1, commit="abc")
     assert [row.impl.startswith("trl-") for row in results.read_rows(out)] == [True]
 
 

@@ -97,7 +97,7 @@ def test_a_shared_prefix_over_two_micro_batches(tmp_path):
 
 
 def names():
-    return [getattr(trl_utils, n, None) for n in (trl_scores._HEAD, trl_scores._LOGITS)]
+    return [getattr(trl_utils, n, None) for n in (trl_scores.HEAD, trl_scores._LOGITS)]
 
 
 def test_the_patch_is_undone_by_the_last_one():
