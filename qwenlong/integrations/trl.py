@@ -355,11 +355,10 @@ class AEPOGRPOTrainer(GRPOTrainer):
         )
 
     def _compute_loss(self, model, inputs):
-        loss = (
-            self._loss_in_one_pass(model, inputs)
-            if self.args.one_pass_loss
-            else (super()._compute_loss(model, inputs))
-        )
+        if self.args.one_pass_loss:
+            loss = self._loss_in_one_pass(model, inputs)
+        else:
+            loss = super()._compute_loss(model, inputs)
         if self._controller is not None and self.model.training:
             self._meter.add(self._entropies, _loss_mask(inputs))
             steps = self.args.steps_per_generation * self.num_iterations

@@ -134,9 +134,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("shared_prefix", [False, True])
-@pytest.mark.parametrize("name", CASES)
+# every way of TRL's rows to the head, and every case in two of them
+WAYS = [(name, shared, shared) for name in CASES for shared in (False, True)]
+WAYS += [("grpo, kl", False, True), ("grpo, kl", True, False), ("luspo", False, True)]
+
+
+@pytest.mark.parametrize("name, shared_prefix, compact", WAYS)
 def test_loss_gradients_and_metrics_of_one_micro_batch(
     name, shared_prefix, compact, tmp_path, monkeypatch
 ):
@@ -279,12 +282,13 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_twenty_steps_equal_those_of_trl(name, tmp_path):
-    """A mixture of experts, with its router's loss and checkpointed activations."""
-    options = settings(tmp_path, max_steps=20, gradient_checkpointing=True, **RUNS[name])
-    want = run(GRPOTrainer, GRPOConfig(**options))
-    found = run(Recorded, AEPOGRPOConfig(**options, one_pass_loss=True))
+    """grpo with a mixture of experts, its router's loss and checkpointed activations."""
+    moe = name == "grpo"
+    options = settings(tmp_path, max_steps=20, gradient_checkpointing=moe, **RUNS[name])
+    want = run(GRPOTrainer, GRPOConfig(**options), moe=moe)
+    found = run(Recorded, AEPOGRPOConfig(**options, one_pass_loss=True), moe=moe)
     assert_same_run(found, want)
-    routed = [0.001 * x for x in logged(want, "aux_loss")]
+    routed = [0.001 * x for x in logged(want, "aux_loss")] if moe else [0.0] * 20
     alone = [loss - x for loss, x in zip(want.losses, routed, strict=True)]
     assert found.policy_losses == pytest.approx(alone, abs=1e-4)
 
@@ -299,9 +303,9 @@ def test_a_reference_model_truncated_completions_and_accumulation(name, shared_p
     tiny_model(moe=False).save_pretrained(path)
     load = AutoModelForCausalLM.from_pretrained
     options = settings(
-        tmp_path, max_steps=6, per_device_train_batch_size=GROUP, gradient_accumulation_steps=3,
-        num_iterations=2, mask_truncated_completions=True, beta=0.05, max_completion_length=40,
-        **RUNS[name],
+        tmp_path, max_steps=4, per_device_train_batch_size=GROUP, gradient_accumulation_steps=3,
+        num_iterations=2, mask_truncated_completions=True, beta=0.05, max_completion_length=20,
+        gradient_checkpointing=False, **RUNS[name],
     )  # fmt: skip
     want = run(
         AEPOGRPOTrainer if shared_prefix else GRPOTrainer,
@@ -317,7 +321,7 @@ def test_a_reference_model_truncated_completions_and_accumulation(name, shared_p
 @pytest.mark.parametrize("shared_prefix", [False, True])
 def test_aepo_is_the_same_in_one_pass(shared_prefix, tmp_path):
     options = settings(
-        tmp_path, max_steps=6, aepo_low=0.5, aepo_high=1.0, shared_prefix=shared_prefix
+        tmp_path, max_steps=4, aepo_low=0.5, aepo_high=1.0, shared_prefix=shared_prefix
     )
     want = run(AEPOGRPOTrainer, AEPOGRPOConfig(**options))
     found = run(Recorded, AEPOGRPOConfig(**options, one_pass_loss=True))

@@ -17,17 +17,36 @@ HERE = Path(__file__).parent
 GROUP = 4
 
 
-@pytest.mark.real
-def test_two_ranks(tmp_path):
+def two_ranks(out: Path, *arguments: str) -> list[dict]:
+    """What each rank of ``trl_worker.py`` saw."""
+    out.mkdir(exist_ok=True)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *command, str(HERE / "trl_worker.py"), str(tmp_path)],
+        [sys.executable, *command, str(HERE / "trl_worker.py"), str(out), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.real
+def test_one_pass_on_two_ranks(tmp_path):
+    """The gradients come from the output of the wrapped model: DDP reduces them as ever."""
+    scores = two_ranks(tmp_path / "scores")
+    one_pass = two_ranks(tmp_path / "one_pass", "one_pass")
+    assert one_pass[0]["weights"] == pytest.approx(one_pass[1]["weights"], rel=1e-12)
+    for found, want in zip(one_pass, scores, strict=True):
+        assert found["losses"] == pytest.approx(want["losses"], abs=1e-5)
+        assert found["weights"] == pytest.approx(want["weights"], rel=1e-6)
+        assert found["entropy"] == pytest.approx(want["entropy"], abs=1e-5)
+        assert abs(want["weights"] / want["first_weights"] - 1) > 1e-4
+
+
+@pytest.mark.real
+def test_two_ranks(tmp_path):
+    one, two = two_ranks(tmp_path)
     assert one["entropy"] == two["entropy"] > 1.0
     assert one["weights"] == pytest.approx(two["weights"], rel=1e-12)
     assert one["dropping"] == [0.0, 1.0]

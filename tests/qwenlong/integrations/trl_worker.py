@@ -1,6 +1,6 @@
 """Run by torchrun: two steps of our trainer on every rank, and what each rank saw.
 
-trl_worker.py OUT
+trl_worker.py OUT [ONE_PASS]
 """
 
 import json
@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from trl_runs import GROUP, dataset, logged, run, settings
+from trl_runs import GROUP, dataset, logged, run, settings, tiny_model
 
 from qwenlong.integrations.trl import AEPOGRPOConfig, AEPOGRPOTrainer
 
 
-def main(out: str) -> None:
+def size_of(model) -> float:
+    return sum(p.detach().double().abs().sum().item() for p in model.parameters())
+
+
+def main(out: str, one_pass: str = "") -> None:
     seen = []
 
     class Spy(AEPOGRPOTrainer):
@@ -35,17 +39,19 @@ def main(out: str) -> None:
         **settings(
             out, per_device_train_batch_size=3 * GROUP // 2, max_steps=2, num_iterations=1,
             scale_rewards="task", balance_tasks=True, aepo_low=0.5, aepo_high=1.0,
-            shared_prefix=True, ddp_backend="gloo",
+            shared_prefix=True, ddp_backend="gloo", ddp_find_unused_parameters=True,
+            one_pass_loss=bool(one_pass),
         )
     )  # fmt: skip
     trainer = run(Spy, config, train_dataset=dataset(12))
     rank = trainer.accelerator.process_index
-    weights = sum(p.detach().double().abs().sum().item() for p in trainer.model.parameters())
     found = dict(
         seen=seen,
+        losses=trainer.losses,
         entropy=trainer._controller.last_entropy,
         dropping=logged(trainer, "aepo/dropping") if rank == 0 else [0.0, 1.0],
-        weights=weights,
+        weights=size_of(trainer.model),
+        first_weights=size_of(tiny_model()),
     )
     Path(out, f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
