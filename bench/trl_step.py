@@ -214,10 +214,10 @@ def loss_part_of(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Callable[[], t
 
 
 def measure(
-    call: Callable[[], torch.Tensor],
+    call: Callable[[], Any],
     repeats: int,
     device: str,
-    check: Callable[[torch.Tensor], None],
+    check: Callable[[Any], None] = lambda found: None,
 ) -> tuple[list[float], float | None]:
     """Milliseconds of each call after a warm-up, and the peak in MB above what was held before.
     ``check`` gets what the first call returns.
