@@ -246,6 +246,43 @@ def test_the_tied_head_gets_both_gradients(tmp_path):
         torch.testing.assert_close(found[parameter], gradient, rtol=2e-4, atol=2e-6)
 
 
+def test_soft_capped_and_scaled_logits(tmp_path):
+    """TRL takes both from the model's configuration."""
+
+    def capped():
+        model = tiny_model(moe=False)
+        model.config.final_logit_softcapping, model.config.logit_scale = 0.5, 1.5
+        return model
+
+    inputs = micro_batch(capped().config.vocab_size)
+    stock = trainer_of(GRPOTrainer, GRPOConfig, tmp_path, capped())
+    ours = trainer_of(AEPOGRPOTrainer, AEPOGRPOConfig, tmp_path, capped(), one_pass_loss=True)
+    plain = trainer_of(GRPOTrainer, GRPOConfig, tmp_path, tiny_model(moe=False))
+    want, want_gradients, _ = loss_and_gradients(stock, inputs)
+    found, gradients, _ = loss_and_gradients(ours, inputs)
+    assert found == pytest.approx(want, abs=1e-5) and want_gradients.keys() == gradients.keys()
+    assert abs(loss_and_gradients(plain, inputs)[0] - want) > 1e-3
+    for parameter, gradient in want_gradients.items():
+        torch.testing.assert_close(gradients[parameter], gradient, rtol=2e-4, atol=2e-6)
+
+
+def test_adapters_over_a_frozen_head(tmp_path):
+    """The reference is the model without its adapters."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    lora = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    options = settings(tmp_path, max_steps=4, beta=0.05)
+    want, found = (
+        run(kind, config, moe=False, peft_config=peft.LoraConfig(**lora))
+        for kind, config in (
+            (GRPOTrainer, GRPOConfig(**options)),
+            (Recorded, AEPOGRPOConfig(**options, one_pass_loss=True)),
+        )
+    )
+    assert_same_run(found, want)
+    assert max(logged(want, "kl")) > 0
+    assert all("lora" in n for n, p in found.model.named_parameters() if p.requires_grad)
+
+
 def test_autocast_to_bf16(tmp_path):
     """Against our scores in two passes, which have the same operands; and the gradients are fp32,
     as the weights are.
