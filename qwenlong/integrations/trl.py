@@ -133,6 +133,11 @@ class AEPOGRPOConfig(GRPOConfig):
             raise ValueError("AEPOGRPOConfig: give both aepo_low and aepo_high, or neither")
         if self.task_weights is not None and not self.balance_tasks:
             raise ValueError("AEPOGRPOConfig: task_weights belongs to balance_tasks=True")
+        if self.balance_tasks and not self.shuffle_dataset:
+            raise ValueError(
+                "AEPOGRPOConfig: balance_tasks=True draws prompts at random; leave "
+                "shuffle_dataset=True"
+            )
         if self.one_pass_loss:
             check_one_pass(self)
         self.controller()  # checks the other choices
@@ -164,7 +169,10 @@ class AEPOGRPOTrainer(GRPOTrainer):
     prompt once a group.
     """
 
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, **kwargs):
+    def __init__(
+        self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, *others,
+        **named,
+    ):  # fmt: skip
         if args is not None and not isinstance(args, AEPOGRPOConfig):
             raise TypeError(
                 f"AEPOGRPOTrainer: args must be an AEPOGRPOConfig, got {type(args).__name__}"
@@ -172,12 +180,23 @@ class AEPOGRPOTrainer(GRPOTrainer):
         args = AEPOGRPOConfig("aepo-grpo") if args is None else args
         if args.scale_rewards == "task" or args.balance_tasks:
             _check_tasks(train_dataset, args)
+        if args.scale_rewards == "task":  # an evaluation scales its advantages too
+            several = isinstance(eval_dataset, dict)
+            for dataset in eval_dataset.values() if several else [eval_dataset]:
+                _check_column(dataset, args.task_column)
+        if args.one_pass_loss and args.n_gpu > 1:
+            raise ValueError(
+                "AEPOGRPOTrainer: one_pass_loss=True does not work with several GPUs in one "
+                "process; launch one process a GPU, with accelerate or torchrun"
+            )
         self._controller = args.controller()
         self._meter = EntropyMeter(args.aepo_entropy)
         self._scored: tuple[torch.Tensor, list] | None = None  # rewards of all ranks, their tasks
         self._entropies: torch.Tensor | None = None  # (B, R) of the last micro-batch
         self._one_pass: OnePassLoss | None = None  # while the loss of a micro-batch is computed
-        super().__init__(model, reward_funcs, args, train_dataset, **kwargs)
+        super().__init__(
+            model, reward_funcs, args, train_dataset, eval_dataset, *others, **named
+        )  # fmt: skip
         if args.shared_prefix:
             hf_attention._supported_model(self.model)  # refuses families it cannot pack
         # TRL knows no such scale; its advantages are replaced
@@ -436,9 +455,12 @@ def _check_tasks(dataset, args: AEPOGRPOConfig) -> None:
         raise ValueError(
             "balance_tasks=True needs a dataset with a length and an index; got an IterableDataset"
         )
+    _check_column(dataset, args.task_column)
+
+
+def _check_column(dataset, column: str) -> None:
     names = getattr(dataset, "column_names", None)
-    if names is not None and args.task_column not in names:
+    if names is not None and column not in names:
         raise ValueError(
-            f"the dataset has no column {args.task_column!r}, only {', '.join(names)}; set "
-            "task_column"
+            f"the dataset has no column {column!r}, only {', '.join(names)}; set task_column"
         )

@@ -193,6 +193,11 @@ class OnePassLoss:
             tokens = row_of[slots // R_max] * R + slots % R_max
             lengths = self.attended.sum(dim=1)[row_of]
             rows = layout.answer_rows if all_rows else None
+        if rows is None and len(tokens) != len(hidden):
+            raise RuntimeError(
+                f"one_pass_loss=True: TRL's head got {len(hidden)} rows for {len(tokens)} "
+                "completion tokens"
+            )
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
         if tokens.shape[0] == B:
             # one value a token must not look like one a sequence: a sequence without tokens more

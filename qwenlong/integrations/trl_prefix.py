@@ -39,12 +39,16 @@ def group_rows(
 
     Returns:
         The layout on the device of ``input_ids``, and ``[B]`` int64, the row of each answer of it.
+        Prompts of one token without completions have no row to forward: the first row's completion
+        then keeps one token, which the mask hides as before.
     """
     ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     prompt_length = ids.shape[1] - completion_length
     lengths = mask[:, prompt_length:].sum(dim=1)
     if not torch.equal(mask[:, prompt_length:], torch.arange(completion_length) < lengths[:, None]):
         raise ValueError("shared_prefix: completions must be padded on the right only")
+    if mask.sum() == len(ids):
+        lengths[0] = 1
     groups: dict[bytes, list[int]] = {}
     for row in range(len(ids)):
         prompt = ids[row, :prompt_length][mask[row, :prompt_length]]

@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("trl", reason="pip install 'trl>=1.16,<1.17'")
 
-from transformers import AutoModelForCausalLM  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import AutoModelForCausalLM, TrainerCallback  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.trainer import utils as trl_utils  # noqa: E402
 from trl_runs import GROUP, dataset, logged, run, settings, tiny_model, vowels  # noqa: E402
@@ -24,6 +25,7 @@ from qwenlong.integrations.trl import (  # noqa: E402
     patch_trl,
 )
 from qwenlong.sampler import TaskBalancedSampler  # noqa: E402
+from qwenlong.tiny import tiny_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +387,7 @@ def test_the_decision_survives_a_checkpoint(tmp_path):
         (dict(aepo_low=0.1, aepo_high=0.3, aepo_mode="latched"), "mode must be one of"),
         (dict(aepo_entropy="mean"), "kind must be one of"),
         (dict(task_weights={"a": 1.0}), "belongs to balance_tasks"),
+        (dict(balance_tasks=True, shuffle_dataset=False), "leave shuffle_dataset=True"),
         (
             dict(scale_rewards="task", multi_objective_aggregation="normalize_then_sum"),
             "sum_then_normalize",
@@ -403,6 +406,11 @@ def test_a_plain_config_and_a_missing_column_are_refused(tmp_path):
         config = AEPOGRPOConfig(**settings(tmp_path, **options, task_column="kind"))
         with pytest.raises(ValueError, match="no column 'kind', only prompt, task"):
             AEPOGRPOTrainer(tiny_model(), vowels, config, dataset())
+    config = AEPOGRPOConfig(**settings(tmp_path, scale_rewards="task"))
+    bare = dataset().remove_columns("task")
+    for evaluated in (bare, {"a": dataset(), "b": bare}):  # at once, not at the first evaluation
+        with pytest.raises(ValueError, match="no column 'task', only prompt"):
+            AEPOGRPOTrainer(tiny_model(), vowels, config, dataset(), evaluated)
     config = AEPOGRPOConfig(**settings(tmp_path, balance_tasks=True))
     with pytest.raises(ValueError, match="IterableDataset"):
         AEPOGRPOTrainer(tiny_model(), vowels, config, dataset().to_iterable_dataset())
@@ -412,6 +420,42 @@ def test_completions_padded_on_the_left_are_refused():
     ids, mask = torch.ones(1, 5, dtype=torch.long), torch.tensor([[1, 1, 0, 1, 1]])
     with pytest.raises(ValueError, match="on the right only"):
         trl_prefix.group_rows(ids, mask, 3)
+
+
+def test_arguments_may_be_positional_as_in_trl(tmp_path):
+    config = AEPOGRPOConfig(**settings(tmp_path, scale_rewards="task"))
+    tokenizer, held_out = tiny_tokenizer(), dataset(2)
+    trainer = AEPOGRPOTrainer(
+        tiny_model(moe=False), vowels, config, dataset(), held_out, tokenizer, None, [Marker()]
+    )
+    assert trainer.processing_class is tokenizer and len(trainer.eval_dataset) == 2
+    assert any(isinstance(x, Marker) for x in trainer.callback_handler.callbacks)
+
+
+class Marker(TrainerCallback):
+    pass
+
+
+def test_prompts_of_one_token_without_completions_keep_a_row():
+    """Nothing else would go through the model; the mask of the loss hides it as before."""
+    ids, mask = torch.tensor([[0, 7, 1, 2], [0, 7, 3, 4]]), torch.tensor([[0, 1, 0, 0]] * 2)
+    layout, rows = trl_prefix.group_rows(ids, mask, 2)
+    assert rows.tolist() == [0, 1] and layout.answer_lengths == ((1, 0),)
+    assert layout.input_ids.tolist() == [7] and layout.target_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_step_of_one_token_prompts_that_are_all_truncated(one_pass, tmp_path):
+    options = settings(
+        tmp_path, max_steps=1, max_completion_length=1, mask_truncated_completions=True,
+        num_iterations=1, shared_prefix=True, one_pass_loss=one_pass, learning_rate=0.1,
+    )  # fmt: skip
+    prompts = Dataset.from_dict({"prompt": ["a", "b"] * 4})
+    want = [p.detach().clone() for p in tiny_model(moe=False).parameters()]
+    found = run(AEPOGRPOTrainer, AEPOGRPOConfig(**options), moe=False, train_dataset=prompts)
+    assert found.losses == [0.0] and logged(found, "grad_norm") == [0.0]
+    for parameter, before in zip(found.model.parameters(), want, strict=True):
+        assert torch.equal(parameter, before)
 
 
 def test_rows_are_grouped_by_prompt():

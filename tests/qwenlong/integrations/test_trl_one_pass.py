@@ -429,6 +429,21 @@ def test_settings_that_do_not_fit(options, words, tmp_path):
         AEPOGRPOConfig(**settings(tmp_path, one_pass_loss=True, **options))
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    """The model would be copied, and each copy see a part of the rows."""
+    config = AEPOGRPOConfig(**settings(tmp_path, one_pass_loss=True))
+    config._n_gpu = 2
+    with pytest.raises(ValueError, match="one process a GPU, with accelerate or torchrun"):
+        AEPOGRPOTrainer(tiny_model(moe=False), vowels, config, dataset())
+
+
+def test_rows_that_are_not_those_of_the_loss_are_refused(monkeypatch):
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: True)
+    head = trl_one_pass.OnePassLoss({}, torch.tensor([[1, 1], [1, 0]]), {})
+    with pytest.raises(RuntimeError, match="got 2 rows for 3 completion tokens"):
+        head.apply(torch.ones(2, 4), torch.ones(5, 4), None, torch.zeros(2).long(), 1.0, 8)
+
+
 def test_a_forward_without_the_head_is_refused(tmp_path, monkeypatch):
     model = tiny_model(moe=False)
     ours = trainer_of(AEPOGRPOTrainer, AEPOGRPOConfig, tmp_path, model, one_pass_loss=True)
