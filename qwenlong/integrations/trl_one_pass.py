@@ -13,6 +13,7 @@ through the gradients that are there already.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -29,9 +30,8 @@ from qwenlong.integrations.trl_scores import HEAD
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED, "cispo")
-# exponentials that are stored at a time, 2 bytes a logit, in whole tiles of the GEMMs
+# exponentials that are stored at a time, about, 2 bytes a logit
 WORKSPACE_BYTES = 512 << 20
-_TILE_ROWS = 256
 
 
 def check_one_pass(args: GRPOConfig) -> None:
@@ -206,11 +206,12 @@ class OnePassLoss:
 
 
 def chunk_tokens(weight: torch.Tensor) -> int | None:
-    """Rows at a time on the GPU; None leaves the choice to the op."""
+    """Rows at a time on the GPU, a power of two, which fills the tiles of the GEMMs; None leaves
+    the choice to the op.
+    """
     if not weight.is_cuda:
         return None
-    rows = WORKSPACE_BYTES / (2 * weight.shape[0])
-    return max(1, round(rows / _TILE_ROWS)) * _TILE_ROWS
+    return 1 << max(0, round(math.log2(WORKSPACE_BYTES / (2 * weight.shape[0]))))
 
 
 class _Carry(torch.autograd.Function):
