@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qlkernels._target import has_triton
+from qlkernels.linear_logprob.kernels import FOLD_CONFIG
 from qlkernels.scorer.decoder import Decoder
 from qlkernels.scorer.elementwise import REFERENCE_ROWS
 from qlkernels.scorer.weights import layouts_of
@@ -112,7 +114,10 @@ def _head_bytes(decoder: Decoder, T: int, b: int, on_cpu: bool) -> int:
     if on_cpu:
         widened = decoder.V * decoder.H * 4 if b < 4 else 0
         return rows + min(2 * _CPU_FOLD, 2 * logits) + widened
-    return rows + min(_GPU_FOLD, logits)
+    # the kernel keeps three fp32 parts a row and tile of the vocabulary, the fallback the logits
+    widths = [c[1] for (path, size), c in FOLD_CONFIG.items() if path != "interpreter" and size == b]
+    parts = 12 * T * -(-decoder.V // min(widths))
+    return rows + min(_GPU_FOLD, parts if has_triton() else logits)
 
 
 def _expert_bytes(decoder: Decoder, T: int, c: int, b: int, on_cpu: bool) -> int:
