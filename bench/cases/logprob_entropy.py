@@ -42,9 +42,11 @@ def _bytes(T: int, V: int, dtype: torch.dtype, outputs: int, live: float | None)
     impls=IMPLS,
     cuda=[
         *_points("fwd", "bf16", (2048, V, "peaked"), (8192, V, "peaked"), (8192, V, "random")),
-        *_points("fwd", "bf16", (16_384, V, "peaked"), (32_768, V, "peaked")),
+        *_points("fwd", "bf16", (1024, V, "peaked"), (4096, V, "peaked"), (16_384, V, "peaked")),
+        *_points("fwd", "bf16", (32_768, V, "peaked"), (131_072, V, "peaked")),
         *_points("fwd", "fp32", (8192, V, "peaked")),
         *_points("fwd_bwd", "bf16", (2048, V, "peaked"), (8192, V, "peaked"), (8192, V, "random")),
+        *_points("fwd_bwd", "bf16", (1024, V, "peaked"), (4096, V, "peaked")),
         *_points("fwd_bwd", "bf16", (16_384, V, "peaked")),
         *_points("fwd_bwd_live50", "bf16", (8192, V, "peaked")),
     ],
