@@ -280,6 +280,8 @@ def run(
     sizes, whole, prefix = MODELS[model]
     run_id, commit = machine.new_run_id(), machine.git_commit() if commit is None else commit
     dtype, allowed = ("bf16", 2e-2) if device == "cuda" else ("fp32", 1e-4)
+    # advantages cancel in a gradient, so that bf16 leaves several per cent of its norm
+    gradient_allowed = 0.15 if device == "cuda" else 1e-4
     rows: list[Row] = []
     expected: dict[str, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -297,7 +299,8 @@ def run(
                 def check(gradient, case=case, name=variant.name):
                     gradient = gradient.cpu()
                     off = distance(gradient, gradients.setdefault(case, gradient))
-                    if not off <= allowed:
+                    console.print(f"{case:7} {name:28} gradient off by {off:.1e}", highlight=False)
+                    if not off <= gradient_allowed:
                         raise WrongResult(f"{case}, {name}: gradients differ by {off:.1e}")
 
                 make = loss_part_of if case == "loss" else update_of
