@@ -28,8 +28,7 @@ from qlkernels.prefix_group import PackedGroups
 from qwenlong.integrations.patches import Replacements
 from qwenlong.integrations.trl_scores import HEAD
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-LOSS_TYPES = (*CLIPPED, "cispo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
 # exponentials that are stored at a time, about, 2 bytes a logit
 WORKSPACE_BYTES = 512 << 20
 
