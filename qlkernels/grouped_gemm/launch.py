@@ -271,7 +271,8 @@ def weight_gradient(
     One operand is ``[T, .]``, gathered, the other one ``[sorted rows, .]``.
     """
     E, M, N = out.shape
-    path = configs.path_of(right if gather_left else left)
+    # gathered rows that start anywhere are loaded through more shared memory than the tiles leave
+    path = configs.path_of(left, right)
     if rows.total > 2**30:  # more than the bounded descriptor can address
         path = "pointer"
     table = configs.DW_DOWN_CONFIG if gather_left else configs.DW_GATE_UP_CONFIG
