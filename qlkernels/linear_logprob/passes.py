@@ -28,6 +28,9 @@ from qlkernels.linear_logprob.kernels import (
 # on the GPU, of 4-byte values on the CPU.
 GPU_WORKSPACE_BYTES = 512 << 20
 CPU_WORKSPACE_BYTES = 64 << 20
+# Columns of dR at a time on the GPU, however many rows there are: each block of them reads and
+# writes the fp32 dx once, which with fewer takes longer than its product hides.
+LEAST_COLUMNS = 4096
 
 
 class Options:
@@ -262,7 +265,8 @@ def _backward_triton(x, w, bias, target_ids, scores, grads, dx, dw, main_grad, d
     tile = tile_sizes(table, x, use_tma)[1]
     chunk = options.chunk_tokens or max(1, GPU_WORKSPACE_BYTES // (2 * V))
     # as many values as a [chunk, V] block holds, in whole tiles
-    width = min(-(-V // tile) * tile, max(tile, chunk * V // T // tile * tile))
+    least = tile if options.chunk_tokens else max(tile, LEAST_COLUMNS)
+    width = min(-(-V // tile) * tile, max(least, chunk * V // T // tile * tile))
     block = torch.empty(T, width, dtype=x.dtype, device=x.device)
     for first in range(0, V, width):
         columns = slice(first, min(V, first + width))

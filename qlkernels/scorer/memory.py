@@ -115,7 +115,8 @@ def _head_bytes(decoder: Decoder, T: int, b: int, on_cpu: bool) -> int:
         widened = decoder.V * decoder.H * 4 if b < 4 else 0
         return rows + min(2 * _CPU_FOLD, 2 * logits) + widened
     # the kernel keeps three fp32 parts a row and tile of the vocabulary, the fallback the logits
-    widths = [c[1] for (path, size), c in FOLD_CONFIG.items() if path != "interpreter" and size == b]
+    tiles = {key: tile for key, tile in FOLD_CONFIG.items() if key[0] != "interpreter"}
+    widths = [tile[1] for (_, size), tile in tiles.items() if size == b]
     parts = 12 * T * -(-decoder.V // min(widths))
     return rows + min(_GPU_FOLD, parts if has_triton() else logits)
 

@@ -1,4 +1,5 @@
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -183,6 +184,24 @@ def test_chunk_size_does_not_change_the_scores(impl):
             same = impl == "triton" and name.startswith("out")  # our own GEMM: to the bit
             limits = dict(rtol=0, atol=0) if same else dict(rtol=4e-6, atol=4e-6)
             torch.testing.assert_close(value, runs[-1][name], msg=name, **limits)
+
+
+@pytest.mark.parametrize("least", [1, 64])
+def test_many_rows_widen_the_blocks_of_the_backward(least, monkeypatch):
+    """Memory for one row's logits, 33 rows: blocks of the kernel's tile, or of 64 columns."""
+    inputs, upstream = make(33, 16, 129)
+    passes = sys.modules["qlkernels.linear_logprob.passes"]
+    widths = []
+
+    def remember(total, a, b):
+        widths.append(a.shape[1])
+        total += a @ b
+
+    monkeypatch.setattr(passes, "GPU_WORKSPACE_BYTES", 2 * 129)
+    monkeypatch.setattr(passes, "LEAST_COLUMNS", least)
+    monkeypatch.setattr(passes, "add_matmul", remember)
+    check("triton", inputs, upstream)
+    assert widths == ([32] * 4 + [1] if least == 1 else [64, 64, 1])
 
 
 @pytest.mark.parametrize("impl", CPU_IMPLS)
