@@ -99,12 +99,18 @@ def variants() -> list[Variant]:
     ]  # fmt: skip
     liger = machine.package_version("liger-kernel")
     if liger and torch.cuda.is_available():
-        found.append(
+        one_pass = {"one_pass_loss": True}
+        found += [
+            Variant(f"{trl}+liger-{liger}", GRPOTrainer, GRPOConfig, prepare=apply_liger),
             Variant(
-                f"{trl}+liger-{liger}", GRPOTrainer, GRPOConfig,
+                f"ours-one_pass+liger-{liger}", *ours, cases=("update",), options=one_pass,
                 prepare=apply_liger,
-            )
-        )  # fmt: skip
+            ),
+            Variant(
+                f"ours-shared_prefix+one_pass+liger-{liger}", *ours, cases=("prefix",),
+                options=one_pass | {"shared_prefix": True}, prepare=apply_liger,
+            ),
+        ]  # fmt: skip
     return found
 
 
