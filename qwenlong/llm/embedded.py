@@ -186,8 +186,11 @@ class EmbeddedClient(Client):
                     logits_to_keep=1,
                 )
                 cache = out.past_key_values
-                logits = out.logits[:, -1].float().cpu()  # [batch, V]
-                tokens = [row.step(logits[i]) for i, row in enumerate(rows)]
+                logits = out.logits[:, -1].float()  # [batch, V]
+                best = logits.argmax(-1)
+                best_logprobs = logits.gather(1, best[:, None])[:, 0] - logits.logsumexp(-1)
+                found = zip(rows, logits, best.tolist(), best_logprobs.tolist(), strict=True)
+                tokens = [row.step(*of_row) for row, *of_row in found]
                 if all(r.finish_reason or f.done() for r, f in zip(rows, futures, strict=True)):
                     return [row.completion(len(p)) for row, p in zip(rows, prompts, strict=True)]
                 ids = torch.tensor(tokens, device=device).unsqueeze(1)
@@ -210,24 +213,26 @@ class _Row:
         self.text_end: int | None = None  # where a stop string begins
         self.finish_reason = ""
 
-    def step(self, logits: torch.Tensor) -> int:
-        """Choose the next token from ``logits [V]``. A finished row repeats its last one."""
+    def step(self, logits: torch.Tensor, best: int, best_logprob: float) -> int:
+        """Choose the next token from ``logits [V]``, of which ``best`` is the largest. A finished
+        row repeats its last one.
+        """
         if self.finish_reason:
             return self.ids[-1]
-        scaled = logits / (self.sampling.temperature or 1.0)
-        logprobs = scaled.log_softmax(-1)  # [V]
-        token = self._choose(logits, logprobs)
+        token, logprob = best, best_logprob
+        if self.sampling.temperature != 0:
+            logprobs = (logits.cpu() / self.sampling.temperature).log_softmax(-1)  # [V]
+            token = self._sample(logprobs)
+            logprob = logprobs[token].item()
         self.ids.append(token)
-        self.logprobs.append(logprobs[token].item())
+        self.logprobs.append(logprob)
         if token in self.eos or self._found_stop():
             self.finish_reason = "stop"
         elif len(self.ids) >= self.limit:
             self.finish_reason = "length"
         return token
 
-    def _choose(self, logits: torch.Tensor, logprobs: torch.Tensor) -> int:
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
+    def _sample(self, logprobs: torch.Tensor) -> int:
         probs = logprobs.exp()
         if self.sampling.top_p < 1.0:
             ordered, order = probs.sort(descending=True, stable=True)

@@ -115,7 +115,7 @@ def test_a_stop_string_of_which_every_byte_is_a_token_is_found():
     logits = torch.eye(256)
     for token in f"so: {stop}".encode():
         assert not row.finish_reason
-        row.step(logits[token])
+        row.step(logits[token], token, 0.0)
     assert row.finish_reason == "stop" and row.completion(1).text == "so: "
 
 
