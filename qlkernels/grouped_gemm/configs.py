@@ -99,6 +99,13 @@ def pick(table: dict, path: str, element_size: int, rows: int, experts: int) -> 
     return table[path, element_size, size]
 
 
+def for_rows_anywhere(tiles: Tiles, path: str) -> Tiles:
+    """Of a product over the rows whose gathered rows Triton does not know to be 16 elements apart:
+    with as many stages it keeps one buffer more, which does not fit.
+    """
+    return tiles._replace(num_stages=tiles.num_stages - 1) if uses_tma(path) else tiles
+
+
 def uses_tma(path: str) -> bool:
     return path.startswith("tma")
 

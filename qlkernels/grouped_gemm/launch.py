@@ -271,12 +271,14 @@ def weight_gradient(
     One operand is ``[T, .]``, gathered, the other one ``[sorted rows, .]``.
     """
     E, M, N = out.shape
-    # gathered rows that start anywhere are loaded through more shared memory than the tiles leave
-    path = configs.path_of(left, right)
+    gathered, sorted_rows = (left, right) if gather_left else (right, left)
+    path = configs.path_of(sorted_rows)
     if rows.total > 2**30:  # more than the bounded descriptor can address
         path = "pointer"
     table = configs.DW_DOWN_CONFIG if gather_left else configs.DW_GATE_UP_CONFIG
     tiles = configs.pick(table, path, left.element_size(), rows.total, E)
+    if gathered.stride(0) % 16 or gathered.shape[1] % 16 or gathered.data_ptr() % 16:
+        tiles = configs.for_rows_anywhere(tiles, path)
     options = configs.launch_options(tiles, path, left.dtype, left.device)
     n_tiles = E * cdiv(M, tiles.block_m) * cdiv(N, tiles.block_n)
     operands = [left, right]

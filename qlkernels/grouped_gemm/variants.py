@@ -82,6 +82,17 @@ def _products(name, kernel, table, choices, descriptors, flags=lambda path: {}):
                 yield "-".join(filter(None, parts)), kernel, signature, full, _ALIGNED, options
 
 
+def _anywhere(variants, gather_left: bool):
+    """The same where the gathered rows start anywhere."""
+    unknown = ("stride_lm", "M", "left") if gather_left else ("stride_rm", "N", "right")
+    for name, kernel, signature, constexprs, aligned, options in variants:
+        yield (
+            f"{name}-anywhere", kernel, signature, constexprs | dict(EVEN_M=False, EVEN_N=False),
+            tuple(x for x in aligned if x not in unknown),
+            options | dict(num_stages=options["num_stages"] - 1),
+        )  # fmt: skip
+
+
 def _even_and_tma(path: str) -> dict[str, bool]:
     return dict(EVEN_K=True, USE_TMA=configs.uses_tma(path))
 
@@ -138,6 +149,7 @@ def aot_variants():
             name, weight_gradient_kernel, table, choices, dw_blocks,
             lambda path: dict(USE_TMA=configs.uses_tma(path)),
         )  # fmt: skip
+        found += _anywhere([v for v in found if v[0].startswith(f"moe_{name}-tma")], gather_left)
     rows = _signature("bf16")
     for whole in (True, False):
         constexprs = dict(WHOLE=whole, BLOCK_M=128, BLOCK_E=128, BLOCK_TILES=64)
