@@ -105,7 +105,10 @@ class AEPOGRPOConfig(GRPOConfig):
         default=True, metadata={"help": "Our log-probabilities and entropies in place of TRL's."}
     )
     shared_prefix: bool = field(
-        default=False, metadata={"help": "Forward the prompt of a group once."}
+        default=False,
+        metadata={
+            "help": "Forward the prompt of a group once. Repeats its bits with full_determinism."
+        },
     )
     one_pass_loss: bool = field(
         default=False,
@@ -359,6 +362,7 @@ class AEPOGRPOTrainer(GRPOTrainer):
                 autocast=self.accelerator.autocast,
                 compute_entropy=compute_entropy,
                 compute_aux_loss=compute_aux,
+                deterministic=self._is_deterministic(),
                 head=None if self._one_pass is None else self._one_pass.as_head,
             )  # fmt: skip
             for ids, mask in zip(
@@ -372,6 +376,10 @@ class AEPOGRPOTrainer(GRPOTrainer):
             torch.cat([part.entropy for part in parts]) if compute_entropy else None,
             torch.stack([part.aux_loss for part in parts]).mean() if compute_aux else None,
         )
+
+    def _is_deterministic(self) -> bool:
+        """Whether the attention's backward repeats its bits: where the user asked TRL for that."""
+        return self.args.full_determinism or torch.are_deterministic_algorithms_enabled()
 
     def _compute_loss(self, model, inputs):
         if self.args.one_pass_loss:

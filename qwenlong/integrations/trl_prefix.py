@@ -76,18 +76,21 @@ def shared_prefix_scores(
     autocast: Callable[[], AbstractContextManager],
     compute_entropy: bool,
     compute_aux_loss: bool,
+    deterministic: bool = True,
     head: Callable[[tuple[PackedGroups, torch.Tensor]], AbstractContextManager] | None = None,
 ) -> RowScores:
     """What TRL's ``_get_per_token_logps_and_entropies`` gives for these rows, differentiable.
 
-    The router's loss counts every packed row once: a prompt once a group, not G times. ``head``,
-    called with what ``group_rows`` found, is entered around the model's forward.
+    The router's loss counts every packed row once: a prompt once a group, not G times.
+    ``deterministic`` is for the backward of ``qlkernels.prefix_attention``. ``head``, called with
+    what ``group_rows`` found, is entered around the model's forward.
     """
     layout, rows = group_rows(input_ids, attention_mask, completion_length)
     labels = torch.where(layout.is_answer, layout.target_ids, -100)
     extra = {"output_router_logits": True} if compute_aux_loss else {}
     around = nullcontext() if head is None else head((layout, rows))
-    with packed_groups(model, layout), autocast(), around:
+    packed = packed_groups(model, layout, deterministic=deterministic)
+    with packed, autocast(), around:
         out = model(
             input_ids=layout.input_ids[None],
             shift_labels=labels[None],

@@ -95,6 +95,25 @@ def test_a_shared_prefix_over_two_micro_batches(tmp_path):
     assert logged(found, "entropy") == pytest.approx(logged(want, "entropy"), abs=1e-4)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_shared_prefix_repeats_its_bits_where_torch_is_asked_to(wanted, tmp_path, monkeypatch):
+    found = []
+    pack = trl_prefix.packed_groups
+    monkeypatch.setattr(
+        trl_prefix,
+        "packed_groups",
+        lambda *a, deterministic: found.append(deterministic) or pack(*a),
+    )
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        options = settings(tmp_path, max_steps=1)
+        run(AEPOGRPOTrainer, AEPOGRPOConfig(**options, shared_prefix=True), moe=False)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+    assert found and set(found) == {wanted}
+
+
 # --- the patch -------------------------------------------------------------------
 
 
