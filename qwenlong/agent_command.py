@@ -413,6 +413,11 @@ def ask(
     thinking_tokens: Annotated[
         int, typer.Option(help="Room for thinking in every reply, for models that do.")
     ] = 0,
+    reading: Annotated[
+        str,
+        typer.Option(help="rewrite a memory, or for small models quotes: keep quotes of the text."),
+    ] = "rewrite",
+    quote_tokens: Annotated[int, typer.Option(help="Of a reply with --reading quotes.")] = 256,
     order: Annotated[
         str, typer.Option(help="Of a prompt: paper, or chunk_first (for prefix caches).")
     ] = "paper",
@@ -438,6 +443,8 @@ def ask(
             plan_tokens=plan_tokens,
             answer_tokens=answer_tokens,
             thinking_tokens=thinking_tokens,
+            reading=reading,
+            quote_tokens=quote_tokens,
             order=order,
             split=split,
             early_stop=early_stop,

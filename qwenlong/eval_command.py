@@ -138,6 +138,10 @@ def run(
     memory_tokens: Annotated[str, typer.Option(help="Agent: most of a memory.")] = "15K",
     plan_tokens: Annotated[str, typer.Option(help="Agent: most of a plan.")] = "1K",
     thinking_tokens: Annotated[str, typer.Option(help="Agent: room for thinking.")] = "0",
+    reading: Annotated[
+        str, typer.Option(help="Agent: rewrite a memory, or keep quotes of the text.")
+    ] = "rewrite",
+    quote_tokens: Annotated[int, typer.Option(help="Agent: of a reply that quotes.")] = 256,
     repairs: Annotated[int, typer.Option(help="Agent: times to ask again.")] = 1,
     fallback: Annotated[str, typer.Option(help="Agent: keep, or take a reply as it is.")] = "keep",
     concurrency: Annotated[int, typer.Option(help="Calls at the same time.")] = 16,
@@ -167,6 +171,8 @@ def run(
         memory_tokens=parse_length(memory_tokens),
         plan_tokens=parse_length(plan_tokens),
         thinking_tokens=0 if thinking_tokens == "0" else parse_length(thinking_tokens),
+        reading=reading,  # type: ignore[arg-type]
+        quote_tokens=quote_tokens,
         repairs=repairs,
         fallback=fallback,  # type: ignore[arg-type]
     )

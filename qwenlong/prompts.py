@@ -185,6 +185,18 @@ AGENT_UPDATE_CHUNK_FIRST = (
     + _AGENT_UPDATE_OUTPUT
 )
 
+# For models too small to rewrite a memory: the section alone, and nothing to copy but from it.
+AGENT_QUOTE = """<section>
+{chunk}
+</section>
+
+<problem>
+{question}
+</problem>
+
+Copy from the section, word for word, the sentence that helps with the problem. If there is none, \
+write NONE."""
+
 AGENT_FINAL = """A long text has been read section by section. What matters for the problem was \
 written to a memory. Answer the problem from this memory.
 
@@ -385,6 +397,11 @@ def agent_update(
             chunk=chunk,
         )
     )
+
+
+def agent_quote(question: str, chunk: str) -> list[Message]:
+    """Ask for what of a section bears on ``question``, in the section's own words."""
+    return user(fill(AGENT_QUOTE, question=question, chunk=chunk))
 
 
 def agent_final(question: str, instructions: str, memory: str) -> list[Message]:

@@ -10,6 +10,8 @@
 #            NAME is the model's name there
 # SETS       length:questions, by default "4K:100 128K:100 1M:20"
 # WINDOW     the model's context (8192); CHUNK what the agent reads of it at a time
+# READING    of the agent: quotes (sentences that the model copies, for a model of this size), or
+#            rewrite (the paper's memory and plan)
 # DEVICE, DTYPE, CONCURRENCY   of the embedded engine
 #
 # Killed at any moment, the same command goes on. On one GPU the agent takes a few minutes for
@@ -21,8 +23,10 @@ PYTHON=${PYTHON:-.venv/bin/python}
 SETS=${SETS:-4K:100 128K:100 1M:20}
 WINDOW=${WINDOW:-8192}
 CHUNK=${CHUNK:-6400}
-MEMORY=${MEMORY:-96}
+READING=${READING:-quotes}
+MEMORY=${MEMORY:-512}
 PLAN=${PLAN:-16}
+QUOTE=${QUOTE:-32}
 ANSWER=${ANSWER:-48}
 CONCURRENCY=${CONCURRENCY:-64}
 
@@ -50,7 +54,8 @@ for set in $SETS; do
   qwenlong eval run "$data" --out "$OUT/last-window-$length" "${common[@]}" \
     --mode full --window "$WINDOW" --keep last
   qwenlong eval run "$data" --out "$OUT/agent-$length" "${common[@]}" \
-    --mode agent --chunk-tokens "$CHUNK" --memory-tokens "$MEMORY" --plan-tokens "$PLAN" \
+    --mode agent --reading "$READING" --quote-tokens "$QUOTE" \
+    --chunk-tokens "$CHUNK" --memory-tokens "$MEMORY" --plan-tokens "$PLAN" \
     --repairs 0 --fallback take
   qwenlong eval compare "$OUT/agent-$length" "$OUT/last-window-$length" \
     --out "$OUT/comparison-$length"

@@ -57,8 +57,8 @@ class RunSettings:
         window: tokens that prompt and answer may take together; None never truncates.
         keep: of a context beyond the window, see ``reading.fit``.
         tokenizer: of ``count_tokens``; with a window it must be the model's for the limit to hold.
-        chunk_tokens, memory_tokens, plan_tokens, thinking_tokens, repairs, fallback: of the agent,
-            see ``AgentConfig``.
+        chunk_tokens, memory_tokens, plan_tokens, thinking_tokens, reading, quote_tokens, repairs,
+            fallback: of the agent, see ``AgentConfig``.
     """
 
     mode: Mode = "full"
@@ -74,6 +74,8 @@ class RunSettings:
     memory_tokens: int = 15_360
     plan_tokens: int = 1_024
     thinking_tokens: int = 0
+    reading: Literal["rewrite", "quotes"] = "rewrite"
+    quote_tokens: int = 256
     repairs: int = 1
     fallback: Literal["keep", "take"] = "keep"
 
@@ -100,6 +102,8 @@ class RunSettings:
             plan_tokens=self.plan_tokens,
             answer_tokens=self.max_tokens,
             thinking_tokens=self.thinking_tokens,
+            reading=self.reading,
+            quote_tokens=self.quote_tokens,
             repairs=self.repairs,
             fallback=self.fallback,
             temperature=self.temperature,

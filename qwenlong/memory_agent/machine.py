@@ -23,6 +23,7 @@ from typing import Any, Literal
 from qwenlong import prompts
 from qwenlong.llm import Completion, Request, Sampling
 from qwenlong.memory_agent.query import parse_split, split_by_rule
+from qwenlong.memory_agent.quotes import keep_best, quotes_of
 from qwenlong.memory_agent.replies import (
     as_memory,
     parse_update,
@@ -49,6 +50,8 @@ EVENTS = {
     "tags_in_section": "the text holds tags of the prompt's state, shown with other brackets",
     "no_plan": "the reply has no plan; the next step begins without one",
     "stop": "the plan says STOP; with early_stop and a memory, reading ended",
+    "no_quote": "nothing of the reply stands in the section (reading='quotes')",
+    "dropped_quotes": "the quotes were longer than memory_tokens; the least fitting were dropped",
     "no_split": "the model gave no problem; the query was split by rule",
     "no_answer": "the last reply is empty after its thinking; asked again",
 }
@@ -67,6 +70,10 @@ class AgentConfig:
     plan_tokens: int = 1_024
     answer_tokens: int = 4_096
     thinking_tokens: int = 0  # room for thinking, added to the limit of every reply
+    # "rewrite": the paper's. "quotes": the memory is the sentences that a reply repeats of its
+    # section, each section is read on its own and there is no plan; for small models
+    reading: Literal["rewrite", "quotes"] = "rewrite"
+    quote_tokens: int = 256  # of a reply with reading="quotes"
     snap: float = 0.125  # share of a chunk that may be given up to end at a sentence
     order: Literal["paper", "chunk_first"] = "paper"
     split: Literal["rule", "model", "none"] = "rule"  # where no instructions are given
@@ -85,6 +92,7 @@ class AgentConfig:
             ("memory_tokens", 1),
             ("plan_tokens", 1),
             ("answer_tokens", 1),
+            ("quote_tokens", 1),
             ("thinking_tokens", 0),
             ("repairs", 0),
         ):
@@ -97,6 +105,7 @@ class AgentConfig:
         if not 0 <= self.snap <= 0.5:
             raise ValueError(f"AgentConfig: snap is {self.snap}; it must be in [0, 0.5]")
         for name, choices in (
+            ("reading", ("rewrite", "quotes")),
             ("order", ("paper", "chunk_first")),
             ("split", ("rule", "model", "none")),
             ("fallback", ("keep", "take")),
@@ -109,10 +118,16 @@ class AgentConfig:
     @property
     def update_tokens(self) -> int:
         """The limit of a reading step's reply."""
+        if self.reading == "quotes":
+            return self.quote_tokens + self.thinking_tokens
         return self.memory_tokens + self.plan_tokens + _TAG_TOKENS + self.thinking_tokens
 
     def context_tokens(self, question_tokens: int) -> int:
         """What a model must be able to read and write in one step, at most."""
+        if self.reading == "quotes":
+            answer = self.memory_tokens + self.answer_tokens + self.thinking_tokens
+            step = max(self.chunk_tokens + self.update_tokens, answer)
+            return question_tokens + step + _TEMPLATE_TOKENS
         before = question_tokens + self.memory_tokens + self.plan_tokens + self.chunk_tokens
         return before + self.update_tokens + _TEMPLATE_TOKENS
 
@@ -217,9 +232,12 @@ class MemoryAgent:
             section = without_state_tags(chunk.text)
             if section != chunk.text and "tags_in_section" not in self._events:
                 self._events.append("tags_in_section")
-            asked = prompts.agent_update(
-                self.problem, self.memory, self.plan, section, order=self.config.order
-            )
+            if self.config.reading == "quotes":
+                asked = prompts.agent_quote(self.problem, section)
+            else:
+                asked = prompts.agent_update(
+                    self.problem, self.memory, self.plan, section, order=self.config.order
+                )
         else:
             asked = prompts.agent_final(self.problem, self.instructions, self.memory)
         if not self._attempt:
@@ -263,7 +281,8 @@ class MemoryAgent:
             self._events.append("thinking")
         if completion.finish_reason == "length":
             self._events.append("cut_off")
-        hear = {"split": self._hear_split, "read": self._hear_update, "answer": self._hear_answer}
+        read = self._hear_quotes if self.config.reading == "quotes" else self._hear_update
+        hear = {"split": self._hear_split, "read": read, "answer": self._hear_answer}
         step = hear[self.phase](completion.text)
         if step is None:
             self._attempt += 1
@@ -348,6 +367,30 @@ class MemoryAgent:
         plan, _ = self._cut("long_plan", plan, self.config.plan_tokens)
         if says_stop(plan) and "kept_memory" not in self._events:
             self._events.append("stop")
+        return self._read_step(memory, plan, memory_tokens)
+
+    def _hear_quotes(self, text: str) -> Step:
+        self._note_thinking(text)
+        known = self.memory.splitlines()
+        section = without_state_tags(self._chunk.text)
+        new = quotes_of(without_thinking(text).text, section)
+        if not new:
+            self._events.append("no_quote")
+
+        def fits(quotes: list[str]) -> bool:
+            return self._tokens("\n".join(quotes)) <= self.config.memory_tokens
+
+        quotes = [*known, *(quote for quote in new if quote not in known)]
+        kept = keep_best(quotes, self.problem, fits)
+        if len(kept) < len(quotes):
+            self._events.append("dropped_quotes")
+        memory = "\n".join(kept)
+        return self._read_step(memory, "", self._tokens(memory))
+
+    def _tokens(self, text: str) -> int:
+        return count_tokens(self._tokenizer, text) if text else 0
+
+    def _read_step(self, memory: str, plan: str, memory_tokens: int) -> Step:
         chunk = self._chunk
         return self._step(
             index=chunk.index,
