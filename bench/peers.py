@@ -386,6 +386,39 @@ def _liger_linear() -> Provider:
     return call
 
 
+@_peer("linear_logprob", "liger-fallback", "same", distribution="liger-kernel", needs_cuda=True)
+def _liger_fallback() -> Provider:
+    """What ``liger`` computes on every GPU but Hopper: 512 rows of logits at a time, in torch. No
+    setting of 0.8.5 chooses it on Hopper, where ``liger`` needs nvidia-cutlass-dsl.
+    """
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise Unavailable("the peer liger is the same function on this GPU")
+    function = module._FusedLinearPPOFallbackFunction
+
+    def call(hidden, weight, target_ids, row_mask):
+        labels = _ignored(target_ids, row_mask)
+        nll, entropy = function.apply(hidden, weight, labels, 1.0, IGNORE, True)
+        return {"logprobs": -nll, "entropy": entropy}
+
+    return call
+
+
+@_peer("linear_logprob", "liger-flce-none", "less", distribution="liger-kernel")
+def _liger_flce_none() -> Provider:
+    """Liger's Triton cross entropy with ``reduction="none"``, on any GPU; no entropy."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def call(hidden, weight, target_ids, row_mask):
+        found = LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight, _ignored(target_ids, row_mask), None, None, IGNORE, 0.0, 0.0, "none"
+        )
+        return {"logprobs": -(found[0] if isinstance(found, tuple) else found)}
+
+    return call
+
+
 @_peer("linear_logprob", "verl", "same", distribution="verl", needs_cuda=True)
 def _verl_linear() -> Provider:
     function = _verl_linear_cross_entropy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench import peers
+from bench import peers, peers_policy
 from bench.cases.providers import our_op, timed
 from bench.gate import Comparison, require
 from bench.inputs import hidden_weight_targets
@@ -58,8 +58,8 @@ def _linear_policy_loss(
     generator = torch.Generator(device).manual_seed(3)
     options = dict(generator=generator, device=device)
     position = torch.arange(T, device=device) % (T // B)
-    prompt = 0.75 if "_prompt75" in case else 0.0
-    response_mask = position >= round(prompt * (T // B))
+    prompt = round((0.75 if "_prompt75" in case else 0.0) * (T // B))  # tokens of each sequence
+    response_mask = position >= prompt
     advantages = torch.randn(B, **options).abs() + 0.1
     advantages[1::2] *= -1.0
     if case.endswith("_live50"):  # groups whose answers all got the same reward
@@ -67,7 +67,8 @@ def _linear_policy_loss(
     is_uniform = case.endswith("_uniform")
     if is_uniform:
         advantages = torch.ones(B, device=device)
-    advantages = advantages.repeat_interleave(T // B)  # [T]
+    of_sequence = advantages
+    advantages = of_sequence.repeat_interleave(T // B)  # [T]
     cu_seqlens = torch.arange(B + 1, device=device, dtype=torch.int32) * (T // B)
     exact = LinearTruth(hidden, weight, target_ids, response_mask).exact()["logprobs"]
     old_logprobs = None
@@ -130,6 +131,12 @@ def _linear_policy_loss(
     scopes, absent = ({f"{name}+loss": x for name, x in listed.items()} for listed in lists)
     for name, peer in found.items():
         calls[f"{name}+loss"] = lambda peer=peer: with_loss(peer)
+    whole, their_scopes, missing = peers.find(peers_policy.OP, device, backward=True)
+    scopes, absent = scopes | their_scopes, absent | missing
+    for name, peer in whole.items():
+        calls[name] = lambda peer=peer: peer(
+            *operands, old_logprobs, of_sequence, response_mask, prompt, **EPS
+        )
     if is_uniform:
         means, their_scopes, missing = peers.find("linear_cross_entropy", device, backward=True)
         for name, peer in means.items():
