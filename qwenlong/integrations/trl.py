@@ -382,7 +382,7 @@ class AEPOGRPOTrainer(GRPOTrainer):
         return self.args.full_determinism or torch.are_deterministic_algorithms_enabled()
 
     def _compute_loss(self, model, inputs):
-        if self.args.one_pass_loss:
+        if self.args.one_pass_loss and self.model.training:
             loss = self._loss_in_one_pass(model, inputs)
         else:
             loss = super()._compute_loss(model, inputs)

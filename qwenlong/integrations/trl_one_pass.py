@@ -187,7 +187,7 @@ class OnePassLoss:
             rows = hidden.shape[0] // B * (tokens // R + 1) - R + tokens % R if all_rows else None
         else:
             layout, row_of = self._packed
-            R_max = max(layout.max_answer_length, 1)
+            R_max = layout.max_answer_length
             slots = layout.answer_slots
             tokens = row_of[slots // R_max] * R + slots % R_max
             lengths = self.attended.sum(dim=1)[row_of]
@@ -247,8 +247,8 @@ class _WithGradient(torch.autograd.Function):
 
 
 def one_pass_loss(trainer, inputs: Mapping[str, torch.Tensor]) -> OnePassLoss:
-    """The loss that ``trainer._compute_loss`` makes of ``inputs``, as a head."""
-    args, is_training = trainer.args, trainer.model.training
+    """The loss that ``trainer._compute_loss`` makes of ``inputs`` in training, as a head."""
+    args = trainer.args
     attended = inputs["completion_mask"]
     mask = attended * inputs["tool_mask"] if "tool_mask" in inputs else attended
     advantages = inputs["advantages"]
@@ -263,7 +263,7 @@ def one_pass_loss(trainer, inputs: Mapping[str, torch.Tensor]) -> OnePassLoss:
         response_mask=mask.bool(),
         ref_logprobs=inputs["ref_per_token_logps"] if trainer.beta != 0.0 else None,
         rollout_is_weights=sampler_ratio,
-        aggregation=token_weights(trainer, inputs, mask.float(), is_training),
+        aggregation=token_weights(trainer, inputs, mask.float()),
     )
     options = dict(kl_coef=trainer.beta, kl_importance=args.use_bias_correction_kl)
     if trainer.loss_type == "cispo":  # its epsilon_high bounds the ratio itself
@@ -279,19 +279,15 @@ def one_pass_loss(trainer, inputs: Mapping[str, torch.Tensor]) -> OnePassLoss:
     return OnePassLoss(tokens, attended, options)
 
 
-def token_weights(
-    trainer, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor, is_training: bool
-) -> torch.Tensor:
+def token_weights(trainer, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """``(B, R)`` fp32: the factor of each token's loss in TRL's loss; ``mask`` is ``(B, R)``."""
     B = mask.shape[0]
-    accumulation = trainer.current_gradient_accumulation_steps if is_training else 1
+    accumulation = trainer.current_gradient_accumulation_steps
     kind = trainer.loss_type
     if kind in ("dapo", "cispo"):
         # the count of tokens spans the generation batch: one accumulation window of it counts
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
-        if is_training:
-            tokens = tokens * accumulation / trainer.args.steps_per_generation
-        return mask / tokens
+        return mask / (tokens * accumulation / trainer.args.steps_per_generation)
     if kind == "grpo":
         weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0) / B
     elif kind == "bnpo":

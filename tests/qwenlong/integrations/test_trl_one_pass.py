@@ -216,13 +216,17 @@ def test_a_micro_batch_with_as_many_tokens_as_completions(compact, tmp_path, mon
         torch.testing.assert_close(gradients[parameter], gradient, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("shared_prefix", [False, True])
 @pytest.mark.parametrize("compact", [False, True])
-def test_a_micro_batch_without_a_token(compact, tmp_path, monkeypatch):
+def test_a_micro_batch_without_a_token(compact, shared_prefix, tmp_path, monkeypatch):
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: compact)
     model = tiny_model(moe=False)
     nothing = torch.zeros(8, 6, dtype=torch.long)
     inputs = micro_batch(model.config.vocab_size, completion_mask=nothing)
-    ours = trainer_of(AEPOGRPOTrainer, AEPOGRPOConfig, tmp_path, model, one_pass_loss=True)
+    ours = trainer_of(
+        AEPOGRPOTrainer, AEPOGRPOConfig, tmp_path, model, one_pass_loss=True,
+        shared_prefix=shared_prefix,
+    )  # fmt: skip
     loss, gradients, metrics = loss_and_gradients(ours, inputs)
     assert loss == 0.0 and metrics["entropy"] == 0.0
     assert all((gradient == 0).all() for gradient in gradients.values())
@@ -265,6 +269,31 @@ def test_soft_capped_and_scaled_logits(tmp_path):
     assert abs(loss_and_gradients(plain, inputs)[0] - want) > 1e-3
     for parameter, gradient in want_gradients.items():
         torch.testing.assert_close(gradients[parameter], gradient, rtol=2e-4, atol=2e-6)
+
+
+def test_a_head_in_bf16_with_a_bias(tmp_path):
+    """TRL's products are in the dtype of the hidden states, here fp32."""
+
+    def biased():
+        model = tiny_model(moe=False)
+        generator = torch.Generator().manual_seed(3)
+        bias = torch.randn(model.config.vocab_size, generator=generator)
+        model.lm_head.bias = torch.nn.Parameter(bias)
+        model.lm_head.bfloat16()
+        return model
+
+    inputs = micro_batch(biased().config.vocab_size)
+    stock = trainer_of(GRPOTrainer, GRPOConfig, tmp_path, biased(), temperature=0.7)
+    ours = trainer_of(
+        AEPOGRPOTrainer, AEPOGRPOConfig, tmp_path, biased(), one_pass_loss=True, temperature=0.7
+    )
+    want, want_gradients, _ = loss_and_gradients(stock, inputs)
+    found, gradients, _ = loss_and_gradients(ours, inputs)
+    assert found == pytest.approx(want, abs=1e-5)
+    assert want_gradients["lm_head.bias"].norm() > 1e-2
+    for parameter, gradient in want_gradients.items():
+        assert gradients[parameter].dtype == gradient.dtype
+        assert (gradients[parameter] - gradient).norm() < 2e-3 * gradient.norm(), parameter
 
 
 def test_adapters_over_a_frozen_head(tmp_path):
@@ -369,7 +398,7 @@ def test_aepo_is_the_same_in_one_pass(shared_prefix, tmp_path):
         assert logged(found, name) == pytest.approx(logged(want, name), abs=1e-4), name
 
 
-def test_evaluation_is_the_same_in_one_pass(tmp_path):
+def test_evaluation_is_the_same_and_makes_no_gradients(tmp_path):
     options = settings(
         tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1,
         per_device_eval_batch_size=GROUP, num_generations_eval=GROUP,
@@ -379,9 +408,10 @@ def test_evaluation_is_the_same_in_one_pass(tmp_path):
         run(kind, config, eval_dataset=dataset(2))
         for kind, config in (
             (GRPOTrainer, GRPOConfig(**options)),
-            (AEPOGRPOTrainer, AEPOGRPOConfig(**options, one_pass_loss=True)),
+            (Recorded, AEPOGRPOConfig(**options, one_pass_loss=True)),
         )
     )
+    assert len(found.policy_losses) == len(found.losses) == 2  # of the steps alone
     for name in wanted:
         assert len(logged(want, name)) == 2
         assert logged(found, name) == pytest.approx(logged(want, name), abs=1e-4), name
