@@ -8,7 +8,7 @@ With T rows, c = min(T, chunk_tokens), n scored rows, b bytes a value, N = heads
     mlp         c (H + 2 I) b
     experts     T (2 H + E) b + 16 T k                 input, output, routing
                 + max(c k (H + I) b, 384 MB)           routed rows of a chunk; fp32 logits
-    head        2 T H b + 28 T + 512 MB                normed rows, scores, folded tiles
+    head        2 T H b + 28 T + up to 512 MB          normed rows, scores, folded tiles
     peak        weights + always + max(attention, mlp, experts, head)
 
 ``weights`` is the model, or with streaming two of its layers and its head. On the CPU the fp32
@@ -114,11 +114,12 @@ def _head_bytes(decoder: Decoder, T: int, b: int, on_cpu: bool) -> int:
     if on_cpu:
         widened = decoder.V * decoder.H * 4 if b < 4 else 0
         return rows + min(2 * _CPU_FOLD, 2 * logits) + widened
-    # the kernel keeps three fp32 parts a row and tile of the vocabulary, the fallback the logits
+    if not has_triton():  # fp32 logits, distances to the maximum, exponentials; which are -inf
+        return rows + min(_GPU_FOLD, logits) * 13 // 4
+    # three fp32 parts a row and tile of the vocabulary
     tiles = {key: tile for key, tile in FOLD_CONFIG.items() if key[0] != "interpreter"}
     widths = [tile[1] for (_, size), tile in tiles.items() if size == b]
-    parts = 12 * T * -(-decoder.V // min(widths))
-    return rows + min(_GPU_FOLD, parts if has_triton() else logits)
+    return rows + min(_GPU_FOLD, 12 * T * -(-decoder.V // min(widths)))
 
 
 def _expert_bytes(decoder: Decoder, T: int, c: int, b: int, on_cpu: bool) -> int:

@@ -8,8 +8,9 @@ import torch
 from torch.profiler import ProfilerActivity
 from transformers import Qwen3MoeConfig
 
+from qlkernels import linear_logprob
 from qlkernels.prefix_group import pack_groups
-from qlkernels.scorer import Decoder, NotEnoughMemory, Scorer, estimate_memory
+from qlkernels.scorer import Decoder, NotEnoughMemory, Scorer, estimate_memory, memory
 from qlkernels.scorer.memory import what_would_fit
 from qlkernels.scorer.weights import layouts_of
 from tests.qlkernels.test_scorer import tiny_model
@@ -24,6 +25,10 @@ def measured_peak(scorer, inputs, **given):
     """The largest sum of bytes that torch's allocator had given out, from its own events."""
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         scorer.score(inputs, **given)
+    return peak_of(profile)
+
+
+def peak_of(profile) -> int:
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate(size for _, size in changes))
@@ -80,6 +85,30 @@ def test_a_30b_model_by_hand():
     assert streamed.weights == 2 * 1_246_241_280 + 151_936 * 2048 * 2
     assert streamed.total < 11e9
     assert estimate_memory(decoder, 192_000).total < 70e9
+
+
+def test_the_head_on_a_gpu_by_hand(monkeypatch):
+    """151,936 = 1187 * 128 columns; without Triton 3 fp32 copies of the logits and a byte."""
+    decoder = Decoder.of_config(Qwen3MoeConfig(**QWEN3_30B))
+
+    def beside_the_rows(T):
+        return estimate_memory(decoder, T).parts["head"] - T * 2 * 2048 * 2 - 28 * T
+
+    monkeypatch.setattr(memory, "has_triton", lambda: True)
+    assert beside_the_rows(1000) == 12 * 1000 * 1187
+    assert beside_the_rows(50_000) == 512 << 20
+    monkeypatch.setattr(memory, "has_triton", lambda: False)
+    assert beside_the_rows(100) == 13 * 100 * 151_936
+    assert beside_the_rows(1000) == 13 * (128 << 20)
+
+
+def test_without_triton_the_head_holds_what_is_counted():
+    """The fallback on a GPU is the one in plain torch, whose chunks are counted here on the CPU."""
+    T, V = 400, 5000
+    x, w = torch.randn(T, 8), torch.randn(V, 8)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        linear_logprob(x, w, torch.zeros(T, dtype=torch.int64), impl="torch")
+    assert peak_of(profile) == pytest.approx(13 * T * V, rel=0.01)
 
 
 def test_the_largest_layer_is_what_a_buffer_holds():
