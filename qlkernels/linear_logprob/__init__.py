@@ -239,7 +239,7 @@ def linear_logprob(
             nothing and return 0.
         chunk_tokens: temporaries take the memory of about ``[chunk_tokens, V]`` values, 2 bytes
             each on the GPU (by default 512 MB in all, in a backward of more than 65,536 rows 8 KB
-            a row), 4 on the CPU (64 MB).
+            a row; twice that in an fp32 backward), 4 on the CPU (64 MB).
         compact: drop masked rows, and in the backward rows whose upstream gradients are all exactly
             0, before the GEMMs. Reads one count from the device per pass where there is a mask or a
             backward. Off under CUDA graph capture.
