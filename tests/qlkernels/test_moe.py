@@ -399,6 +399,36 @@ GPU_CASES = {  # T, H, I, E, top_k
 }
 
 
+@pytest.mark.parametrize("gather_left", [False, True])
+@pytest.mark.parametrize(
+    "size, first, stride, stages",
+    [(48, 0, 48, 7), (40, 0, 48, 6), (48, 0, 56, 6), (48, 4, 64, 6)],
+    ids=["16 apart", "a short row", "8 apart", "a start between"],
+)
+def test_stages_of_a_weight_gradient_on_sm_90(
+    size, first, stride, stages, gather_left, monkeypatch
+):
+    """One less where Triton cannot tell that the gathered rows are 16 elements apart."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, num_stages, **__: launched.append(num_stages)
+
+    monkeypatch.setattr(configs, "path_of", lambda *_: "tma-sm90")
+    monkeypatch.setattr(launch, "weight_gradient_kernel", Kernel())
+    monkeypatch.setattr(launch, "bounded_descriptor", lambda x, _block: x)
+    order = torch.arange(4, dtype=torch.int32)
+    routed = launch.RoutedRows(order[:, None], order, order, torch.tensor([0, 4]))
+    memory = torch.empty(4 * stride + first, dtype=torch.bfloat16)  # allocated on 64 bytes
+    gathered = memory.as_strided((4, size), (stride, 1), first)
+    others = torch.empty(4, 32, dtype=torch.bfloat16)
+    left, right = (gathered, others) if gather_left else (others, gathered)
+    out = torch.empty(1, left.shape[1], right.shape[1])
+    launch.weight_gradient(left, right, routed, out, gather_left=gather_left, accumulate=False)
+    assert launched == [stages]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "case, ids", [(name, ids) for name, (*_, kinds) in GPU_CASES.items() for ids in kinds]
