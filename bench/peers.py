@@ -405,7 +405,7 @@ def _liger_fallback() -> Provider:
     return call
 
 
-@_peer("linear_logprob", "liger-flce-none", "less", distribution="liger-kernel")
+@_peer("linear_logprob", "liger-flce-none", "less", distribution="liger-kernel", needs_cuda=True)
 def _liger_flce_none() -> Provider:
     """Liger's Triton cross entropy with ``reduction="none"``, on any GPU; no entropy."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
